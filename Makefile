@@ -1,0 +1,73 @@
+# Every target sets up what it needs in $(VENV), inside the checkout; a second run reuses it.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+TOOLS := PATH="$(abspath $(VENV)/bin):$$PATH"
+
+# csrc's folders too: a file added or deleted is a change. So is another torch.
+SOURCES := $(shell find csrc) setup.py pyproject.toml \
+  $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py)
+CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp')
+SET_UP := $(VENV)/.set-up
+BUILT := $(VENV)/.built
+SANITIZED := build/cpp-sanitize
+
+.DEFAULT_GOAL := help
+.PHONY: help build bench test test-long test-cpp lint format clean check-python
+ifeq ($(wildcard fusedopt/_build_info.py),)
+.PHONY: $(BUILT)
+endif
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@echo 'Variables: PYTHON (makes the virtual environment), VENV (where), MAX_JOBS (compilers at'
+	@echo 'once), BENCH_ARGS, PYTEST_ARGS. `make test PYTEST_ARGS="-k adam"` runs a part.'
+
+build: $(BUILT) ## build the extension in place
+
+bench: $(BUILT) ## train real networks, time the step; tables and pictures in build/bench
+	$(PY) -m fusedopt.bench $(BENCH_ARGS)
+
+test: $(BUILT) ## the tests that are not slow
+	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+test-long: $(BUILT) ## the slow tests
+	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+
+test-cpp: $(SET_UP) ## the C++ tests under AddressSanitizer and UBSan
+	$(TOOLS) cmake -S . -B $(SANITIZED) -G Ninja -DFUSEDOPT_SANITIZE=ON \
+	  -DPython3_EXECUTABLE=$(abspath $(PY))
+	$(TOOLS) cmake --build $(SANITIZED) $(if $(MAX_JOBS),-j $(MAX_JOBS))
+	$(TOOLS) ctest --test-dir $(SANITIZED) --output-on-failure
+
+lint: $(SET_UP) ## ruff, mypy on the package, clang-format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+format: $(SET_UP) ## rewrite the sources as lint wants them
+	$(PY) -m ruff check --fix --exit-zero .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+clean: ## remove what was built; the virtual environment stays
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f fusedopt/*.so fusedopt/_build_info.py $(BUILT)
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'fusedopt needs Python 3.10 or newer: make PYTHON=python3.12 ...' >&2; exit 1; }
+
+# An environment that is there is used as it is; PYTHON only makes new ones.
+$(SET_UP): requirements-dev.txt $(if $(wildcard $(PY)),,| check-python)
+	@$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing requirements-dev.txt into $(VENV) (a few minutes the first time)'
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(BUILT): $(SET_UP) $(SOURCES)
+	@echo 'Building the CPU part of fusedopt in place (minutes the first time; CUDA kernels are not'
+	@echo 'part of this version)'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	@touch $@

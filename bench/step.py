@@ -1,0 +1,192 @@
+"""The step job: how long is the bare ``optimizer.step()``, and how close to memory speed?
+
+A row is one workload, optimizer and dtype. Its providers race round-robin in this process, each on
+parameters and states of its own and on the same, fixed gradients. Nothing is kept from row to row
+but the gradients, so memory is bounded by the largest row.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from . import optimizers
+from .providers import PROVIDERS
+from .timing import Race, Stats, run_race
+from .workloads import WORKLOADS, Workload
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+FLOOR, CANDIDATE, FUSED = "floor", "fusedopt", "torch-fused"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row to measure: names of a workload, an optimizer and a dtype."""
+
+    workload: str
+    optimizer: str
+    dtype: str = "float32"
+
+    def memory(self, providers: Sequence[str]) -> int:
+        """Bytes the row needs while it runs, at most."""
+        elements = WORKLOADS[self.workload].elements
+        # A copy of the parameters and the states for each provider, the gradients once, and two
+        # temporary lists of that size inside torch's foreach step.
+        arrays = len(providers) * (1 + optimizers.count_states(self.optimizer)) + 1 + 2
+        return elements * DTYPES[self.dtype].itemsize * arrays
+
+
+@dataclass
+class Row:
+    """What was measured for one task.
+
+    Attributes:
+        task: what was asked.
+        race: times by provider and round.
+        unavailable: by provider that did not run, the reason.
+        details: by provider, how it took its steps, where it says so.
+    """
+
+    task: Task
+    race: Race = field(default_factory=Race)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def workload(self) -> Workload:
+        """The workload itself."""
+        return WORKLOADS[self.task.workload]
+
+    def best_torch(self) -> str | None:
+        """The torch provider with the shortest step; None when none ran."""
+        ran = [name for name in self.race.seconds if name.startswith("torch-")]
+        return min(ran, key=lambda name: self.race.stats(name).median, default=None)
+
+    def ratio(self, numerator: str | None, denominator: str) -> Stats | None:
+        """Ratio of two providers' steps; None when one of them did not run."""
+        if numerator not in self.race.seconds or denominator not in self.race.seconds:
+            return None
+        return self.race.ratio(numerator, denominator)
+
+    def over_floor(self) -> Stats | None:
+        """Fusedopt's step over the traffic floor: 1 is memory speed."""
+        return self.ratio(CANDIDATE, FLOOR)
+
+    def speedup_over_best(self) -> Stats | None:
+        """Torch's best step over fusedopt's."""
+        return self.ratio(self.best_torch(), CANDIDATE)
+
+    def speedup_over_fused(self) -> Stats | None:
+        """Torch's fused step over fusedopt's."""
+        return self.ratio(FUSED, CANDIDATE)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything measured, as it stands in the result file; times in milliseconds."""
+        ratios = {
+            "fusedopt_over_floor": self.over_floor(),
+            "best_torch_over_fusedopt": self.speedup_over_best(),
+            "torch_fused_over_fusedopt": self.speedup_over_fused(),
+        }
+        return {
+            **asdict(self.task),
+            "tensors": len(self.workload.shapes),
+            "elements": self.workload.elements,
+            "step_ms": {
+                name: asdict(self.race.stats(name).scaled(1e3)) for name in self.race.seconds
+            },
+            "ratios": {name: asdict(ratio) for name, ratio in ratios.items() if ratio},
+            "best_torch": self.best_torch(),
+            "unavailable": self.unavailable,
+            "details": self.details,
+            "seconds": self.race.seconds,
+        }
+
+
+def plan_tasks(workloads: list[str], names: list[str], dtypes: list[str]) -> list[Task]:
+    """Every combination, workload by workload."""
+    return [
+        Task(workload, optimizer, dtype)
+        for workload in workloads
+        for dtype in dtypes
+        for optimizer in names
+    ]
+
+
+def measure(
+    tasks: list[Task],
+    providers: list[str],
+    rounds: int,
+    seconds: float,
+    on_round: Callable[[str], None] = lambda label: None,
+) -> Iterator[Row]:
+    """Times every task and yields its row; an interrupt yields the unfinished row first.
+
+    Args:
+        tasks: what to measure, those of one workload and dtype next to each other.
+        providers: names in ``PROVIDERS``.
+        rounds: rounds of a row.
+        seconds: what one provider may take of a row's time before it sits rounds out.
+        on_round: called before each round with a label, to move a progress bar.
+    """
+    gradients: list[torch.Tensor] = []
+    made_for: tuple[str, str] | None = None
+    for task in tasks:
+        if made_for != (task.workload, task.dtype):
+            gradients.clear()  # before the next are made: the largest row decides the peak
+            gradients.extend(make_gradients(WORKLOADS[task.workload], DTYPES[task.dtype]))
+            made_for = (task.workload, task.dtype)
+        row = Row(task)
+        try:
+            race_row(row, gradients, providers, rounds, seconds, on_round)
+        except KeyboardInterrupt:
+            if row.race.seconds:
+                yield row
+            raise
+        yield row
+
+
+def race_row(
+    row: Row,
+    gradients: Sequence[torch.Tensor],
+    providers: list[str],
+    rounds: int,
+    seconds: float,
+    on_round: Callable[[str], None],
+) -> None:
+    """Builds the contestants of one row, races them and drops them."""
+    task, contestants = row.task, {}
+    for name in providers:
+        reason = PROVIDERS[name].unavailable(task.optimizer, DTYPES[task.dtype])
+        if reason:
+            row.unavailable[name] = reason
+        else:
+            contestants[name] = PROVIDERS[name].build(task.optimizer, gradients)
+    suffix = "" if task.dtype == "float32" else f" {task.dtype}"
+    label = f"{task.workload} / {task.optimizer}{suffix}"
+    steps = {name: contestant.step for name, contestant in contestants.items()}
+    run_race(row.race, steps, rounds, seconds, lambda _: on_round(label))
+    for name, contestant in contestants.items():
+        if detail := contestant.detail():
+            row.details[name] = detail
+    contestants.clear()
+    steps.clear()
+    gc.collect()  # optimizers hang in reference cycles: their memory would outlive the row
+
+
+def make_gradients(workload: Workload, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Normal random gradients of a standard deviation of 0.01, the same on every run."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.empty(shape, dtype=dtype).normal_(0, 0.01, generator=generator)
+        for shape in workload.shapes
+    ]

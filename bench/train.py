@@ -1,0 +1,320 @@
+"""The digits job: is fusedopt's optimizer the same optimizer, and how long is its step in training?
+
+Two small networks learn scikit-learn's handwritten digits (1,797 real images of 8 x 8 pixels; 1,200
+to train on, 597 to test on). For each optimizer one network is copied several times and the copies
+are trained in lockstep, on the same batches in the same order: by torch.optim's default step (the
+reference), by fusedopt, and by whatever shows how far torch drifts from *itself*.
+
+Two correct implementations round differently, and training amplifies that: a difference between
+curves means nothing until it is compared with torch's own drift, the largest difference between
+torch's default step and its foreach and fused steps. Where those compute bit for bit the same
+(RMSprop has no fused step, and foreach is the same arithmetic on a CPU), the drift is that of
+torch's default step started from weights that are one rounding (1 ulp) away.
+
+The networks are smooth (GELU, average pooling). With ReLU and max pooling one rounding decides now
+and then which unit gets a gradient: torch's own curves then part by 1e-2 and more, at random, and
+nothing can be concluded from any curve.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import optimizers
+from .providers import PROVIDERS, OptimizerProvider
+from .timing import Race, time_once
+
+TEST_IMAGES = 597  # one image is 0.17 points of accuracy
+BATCH = 64
+
+FIRST_EPOCH_BOUND = 1e-5
+DRIFT_FACTOR = 3.0
+ACCURACY_POINTS = 0.5
+
+REFERENCE, CANDIDATE, NUDGED = "torch-default", "fusedopt", "torch-nudged"
+TWINS = ("torch-foreach", "torch-fused")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The data, split once and for all: images scaled to [0, 1] and their classes."""
+
+    train_images: torch.Tensor
+    train_classes: torch.Tensor
+    test_images: torch.Tensor
+    test_classes: torch.Tensor
+
+    @staticmethod
+    def load() -> Digits:
+        """Reads the images from scikit-learn's wheel and splits them, stratified, seed 0."""
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        images, classes = load_digits(return_X_y=True)
+        images = (images / 16).astype("float32")
+        parts = train_test_split(
+            images, classes, test_size=TEST_IMAGES, random_state=0, stratify=classes
+        )
+        train_images, test_images, train_classes, test_classes = map(torch.from_numpy, parts)
+        return Digits(train_images, train_classes, test_images, test_classes)
+
+    def batches(self, epochs: int, seed: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """One list of shuffled (images, classes) batches for each epoch."""
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(epochs):
+            order = torch.randperm(len(self.train_classes), generator=generator)
+            yield [(self.train_images[i], self.train_classes[i]) for i in order.split(BATCH)]
+
+
+def multilayer_perceptron() -> nn.Module:
+    """64-100-100-10."""
+    return nn.Sequential(
+        nn.Linear(64, 100), nn.GELU(), nn.Linear(100, 100), nn.GELU(), nn.Linear(100, 10)
+    )
+
+
+def convolutional_network() -> nn.Module:
+    """Two 3 x 3 convolutions (16 and 32 channels), average pooling, one linear layer."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.GELU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.GELU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 10),
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": multilayer_perceptron,
+    "conv": convolutional_network,
+}
+MODEL_TITLES = {"mlp": "multilayer perceptron 64-100-100-10", "conv": "convolutional network"}
+
+
+@dataclass
+class Run:
+    """One copy of a network under one optimizer.
+
+    Attributes:
+        model: the copy.
+        optimizer: what trains it.
+        losses: mean cross-entropy of each batch so far.
+        step_seconds: duration of each ``optimizer.step()`` so far.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+
+    def train_on(self, images: torch.Tensor, classes: torch.Tensor) -> None:
+        """One step on one batch."""
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(images), classes)
+        loss.backward()
+        self.step_seconds.append(time_once(self.optimizer.step))
+        self.losses.append(loss.item())
+
+    @torch.no_grad()
+    def accuracy(self, images: torch.Tensor, classes: torch.Tensor) -> float:
+        """Percentage of images given their right class."""
+        return 100 * (self.model(images).argmax(1) == classes).double().mean().item()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative difference between the losses of two runs, batch by batch.
+
+    Attributes:
+        first_epoch: over the first epoch.
+        whole_run: over all epochs.
+    """
+
+    first_epoch: float
+    whole_run: float
+
+    @staticmethod
+    def between(reference: Run, other: Run, batches_per_epoch: int) -> Difference:
+        """Difference of `other` relative to `reference`."""
+        a = torch.tensor(reference.losses, dtype=torch.float64)
+        b = torch.tensor(other.losses, dtype=torch.float64)
+        relative = (a - b).abs() / a.abs()  # amax hands a nan through, so a broken run shows
+        return Difference(relative[:batches_per_epoch].amax().item(), relative.amax().item())
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured for one optimizer on one network.
+
+    Attributes:
+        model: name in ``MODELS``.
+        optimizer: name of the optimizer.
+        settings: its keyword arguments.
+        batches_per_epoch: number of values of a curve that make an epoch.
+        curves: by run, the loss of every batch.
+        accuracy: by run, percentage of the test images classified correctly.
+        difference: between torch's default step and fusedopt.
+        drifts: by run of torch, its difference from torch's default step.
+        times: duration of ``step()`` in the reference and fusedopt, first epoch left out.
+    """
+
+    model: str
+    optimizer: str
+    settings: dict[str, Any]
+    batches_per_epoch: int
+    curves: dict[str, list[float]]
+    accuracy: dict[str, float]
+    difference: Difference
+    drifts: dict[str, Difference]
+    times: Race
+
+    @property
+    def drift_source(self) -> str:
+        """The run whose drift is the measure: torch's twin that drifts most, or the nudged one."""
+        twins = [name for name in TWINS if name in self.drifts]
+        largest = max(twins, key=lambda name: self.drifts[name].whole_run, default=NUDGED)
+        return largest if self.drifts[largest].whole_run > 0 else NUDGED
+
+    @property
+    def drift(self) -> Difference:
+        """How far torch's own steps drift apart on this network and optimizer."""
+        return self.drifts[self.drift_source]
+
+    def final_loss(self, run: str) -> float:
+        """Mean loss of a run over its last epoch."""
+        return self.epoch_losses(run)[-1]
+
+    def epoch_losses(self, run: str) -> list[float]:
+        """Mean loss of a run in each epoch."""
+        values = torch.tensor(self.curves[run], dtype=torch.float64)
+        return [float(value) for value in values.view(-1, self.batches_per_epoch).mean(1)]
+
+    def failures(self) -> list[str]:
+        """What does not hold, one sentence each; empty when fusedopt is the same optimizer."""
+        # Below the bound of the first epoch curves count as the same: a drift of a single rounding,
+        # as a very short run has it, is not a measure to hold anything against.
+        bound = max(FIRST_EPOCH_BOUND, DRIFT_FACTOR * self.drift.whole_run)
+        points = abs(self.accuracy[REFERENCE] - self.accuracy[CANDIDATE])
+        checks = (
+            ("first epoch's loss difference", self.difference.first_epoch, FIRST_EPOCH_BOUND),
+            ("whole run's loss difference", self.difference.whole_run, bound),
+            ("difference in accuracy points", points, ACCURACY_POINTS),
+        )
+        where = f"{self.optimizer} on {self.model}"
+        # Written as "not <=" so that nan fails.
+        return [
+            f"{where}: {what} is {value:.1e}, at most {limit:.1e} is allowed"
+            for what, value, limit in checks
+            if not value <= limit
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything measured, as it stands in the result file; times in milliseconds."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "settings": self.settings,
+            "batches_per_epoch": self.batches_per_epoch,
+            "final_loss": {run: self.final_loss(run) for run in self.curves},
+            "test_accuracy": self.accuracy,
+            "difference": asdict(self.difference),
+            "drift": {"source": self.drift_source, **asdict(self.drift)},
+            "drifts": {run: asdict(drift) for run, drift in self.drifts.items()},
+            "step_ms": {
+                run: asdict(self.times.stats(run).scaled(1e3)) for run in (REFERENCE, CANDIDATE)
+            },
+            "torch_over_fusedopt": asdict(self.times.ratio(REFERENCE, CANDIDATE)),
+            "failures": self.failures(),
+            "curves": self.curves,
+        }
+
+
+def measure(
+    models: list[str],
+    names: list[str],
+    epochs: int,
+    seed: int,
+    on_epoch: Callable[[str], None] = lambda label: None,
+) -> Iterator[Row]:
+    """Trains every model with every optimizer and yields a row for each pair.
+
+    Args:
+        models: names in ``MODELS``.
+        names: names of optimizers.
+        epochs: passes over the training images.
+        seed: of the initial weights and the order of the batches.
+        on_epoch: called before each epoch with a label, to move a progress bar.
+    """
+    digits = Digits.load()
+    for model, optimizer in itertools.product(models, names):
+        torch.manual_seed(seed)
+        runs = make_runs(MODELS[model](), optimizer)
+        for batches in digits.batches(epochs, seed):
+            on_epoch(f"{model} / {optimizer}")
+            for index, batch in enumerate(batches):
+                # Lockstep, and no run always first: step times then compare within a batch.
+                names_of_runs = list(runs)
+                shift = index % len(names_of_runs)
+                for name in names_of_runs[shift:] + names_of_runs[:shift]:
+                    runs[name].train_on(*batch)
+        yield make_row(model, optimizer, runs, digits, len(batches))
+
+
+def make_runs(model: nn.Module, optimizer: str) -> dict[str, Run]:
+    """Copies of `model`, each under another implementation of `optimizer`."""
+    settings = optimizers.settings(optimizer).train
+    runs = {}
+    for name in (REFERENCE, *TWINS, CANDIDATE):
+        provider = PROVIDERS[name]
+        assert isinstance(provider, OptimizerProvider)
+        if name in TWINS and provider.unavailable(optimizer):
+            continue
+        twin = copy.deepcopy(model)
+        runs[name] = Run(twin, provider.optimizer(optimizer, list(twin.parameters()), **settings))
+    nudged = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in nudged.parameters():
+            parameter.copy_(torch.nextafter(parameter, 2 * parameter))
+    reference = PROVIDERS[REFERENCE]
+    assert isinstance(reference, OptimizerProvider)
+    parameters = list(nudged.parameters())
+    runs[NUDGED] = Run(nudged, reference.optimizer(optimizer, parameters, **settings))
+    return runs
+
+
+def make_row(
+    model: str, optimizer: str, runs: dict[str, Run], digits: Digits, batches_per_epoch: int
+) -> Row:
+    """Compares finished runs with the reference."""
+    differences = {
+        name: Difference.between(runs[REFERENCE], run, batches_per_epoch)
+        for name, run in runs.items()
+        if name != REFERENCE
+    }
+    total = len(runs[REFERENCE].losses)
+    warm_up = batches_per_epoch if total > batches_per_epoch else 0
+    timed = {name: runs[name].step_seconds[warm_up:] for name in (REFERENCE, CANDIDATE)}
+    return Row(
+        model=model,
+        optimizer=optimizer,
+        settings=optimizers.settings(optimizer).train,
+        batches_per_epoch=batches_per_epoch,
+        curves={name: run.losses for name, run in runs.items()},
+        accuracy={
+            name: run.accuracy(digits.test_images, digits.test_classes)
+            for name, run in runs.items()
+        },
+        difference=differences.pop(CANDIDATE),
+        drifts=differences,
+        times=Race(timed),
+    )

@@ -1,0 +1,107 @@
+// The Python module fusedopt._C: the plan, the CPU tiers, the registry and the traffic floor.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "cpu/tiers.h"
+#include "plan/floor.h"
+#include "plan/plan.h"
+#include "plan/tensors.h"
+
+namespace fusedopt {
+namespace {
+
+at::Tensor tensor_or_undefined(const py::object& object) {
+  return object.is_none() ? at::Tensor() : THPVariable_Unpack(object.ptr());
+}
+
+// The states a param group's flags ask for, in the order of torch's state_dict but for `step`.
+std::vector<std::string> state_names(const std::string& rule_name, const py::dict& group) {
+  const RuleInfo& rule = find_rule(rule_name);
+  const StateNames names =
+      rule.states(rule.variant(GroupReader(rule).read(group).hyper));
+  return {names.names, names.names + names.count};
+}
+
+py::dict rules() {
+  py::dict result;
+  for (const RuleInfo& rule : all_rules()) {
+    py::list hyper;
+    for (const HyperName& name : rule.hyper_names) hyper.append(name.key);
+    py::list states;
+    for (int variant = 0; variant < rule.variants; ++variant) {
+      const StateNames names = rule.states(variant);
+      states.append(std::vector<std::string>(names.names, names.names + names.count));
+    }
+    py::dict entry;
+    entry["hyper"] = hyper;
+    entry["states"] = states;
+    entry["has_step"] = rule.has_step;
+    result[rule.name] = entry;
+  }
+  return result;
+}
+
+bool has_kernel(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& state) {
+  return storage_index({*storage_dtype(param), *storage_dtype(grad), *storage_dtype(state)}) >= 0;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  py::class_<StepPlan>(m, "StepPlan")
+      .def(py::init<const std::string&, const py::list&, const py::dict&, const py::list&,
+                    const py::list&>(),
+           py::arg("rule"), py::arg("param_groups"), py::arg("state"), py::arg("rows"),
+           py::arg("idle"))
+      .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"))
+      .def("launch", &StepPlan::launch)
+      .def("describe", &StepPlan::describe);
+  py::class_<TrafficFloor>(m, "TrafficFloor")
+      .def(py::init<const py::list&>(), py::arg("rows"))
+      .def("run", &TrafficFloor::run);
+
+  m.def("rules", &rules);
+  m.def("state_names", &state_names, py::arg("rule"), py::arg("group"));
+  m.def(
+      "why_not_fused",
+      [](const py::object& param, const py::object& grad) {
+        return why_not_fused(tensor_or_undefined(param), tensor_or_undefined(grad));
+      },
+      py::arg("param"), py::arg("grad"));
+  m.def(
+      "why_state_unfit",
+      [](const py::object& param, const py::object& state) {
+        return why_state_unfit(tensor_or_undefined(param), tensor_or_undefined(state));
+      },
+      py::arg("param"), py::arg("state"));
+  m.def(
+      "has_kernel",
+      [](const py::object& param, const py::object& grad, const py::object& state) {
+        return has_kernel(tensor_or_undefined(param), tensor_or_undefined(grad),
+                          tensor_or_undefined(state));
+      },
+      py::arg("param"), py::arg("grad"), py::arg("state"));
+  m.def(
+      "overlapping",
+      [](const py::list& rows) {
+        std::vector<std::vector<at::Tensor>> tensors;
+        for (const py::handle row : rows) {
+          std::vector<at::Tensor>& arrays = tensors.emplace_back();
+          for (const py::handle tensor : row) arrays.push_back(THPVariable_Unpack(tensor.ptr()));
+        }
+        return overlapping_rows(tensors);
+      },
+      py::arg("rows"));
+
+  m.def("built_tiers", [] {
+    std::vector<std::string> names;
+    for (const Tier& tier : built_tiers()) names.emplace_back(tier.name);
+    return names;
+  });
+  m.def("available_tiers", &available_tiers);
+  m.def("current_tier", [] { return std::string(current_tier().name); });
+  m.def("select_tier", &select_tier, py::arg("name"));
+}
+
+}  // namespace fusedopt

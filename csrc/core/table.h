@@ -1,0 +1,74 @@
+// The tensor table: what a plan hands to a driver. Plain structs, torch-free.
+//
+// A row is one tensor: pointers to the parameter, its gradient and its states, a length, and the
+// index of the scalar slot (one a distinct group, step count and first-step flag) its update reads.
+// Long rows are cut into pieces and short rows gathered, so that every chunk is about the same work;
+// threads (or thread blocks) take chunks in address order. All arithmetic on sizes is 64-bit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "core/dtype.h"
+
+namespace fusedopt {
+
+// Array 0 is the parameter, 1 the gradient, 2 and up the states.
+constexpr int kMaxArrays = 2 + kMaxStates;
+
+struct Row {
+  void* param = nullptr;
+  const void* grad = nullptr;  // null: the row takes no part in this step
+  void* state[kMaxStates] = {};
+  int64_t numel = 0;
+  int32_t slot = 0;
+  int32_t layout = -1;  // index into Table::layouts; -1: all arrays run through memory in one order
+};
+
+// How to walk a row whose arrays do not share one memory order: element (i0, .., in) of array a
+// lies at sum(i * strides[a]), counted in elements.
+struct Layout {
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides[kMaxArrays];
+};
+
+struct Piece {
+  int32_t row;
+  int64_t begin;
+  int64_t count;
+};
+
+struct Chunk {
+  int64_t first_piece;
+  int64_t last_piece;  // one past
+};
+
+// What a kernel reads besides the arrays. `grad_factor` is -1 under maximize, 1 otherwise.
+template <class T, class RuleScalars>
+struct Slot {
+  T grad_factor;
+  RuleScalars scalars;
+};
+
+struct Table {
+  StorageTuple storage;
+  int states = 0;
+  std::vector<Row> rows;
+  std::vector<Layout> layouts;
+  std::vector<Piece> pieces;
+  std::vector<Chunk> chunks;
+  std::vector<std::byte> slots;
+  int64_t slot_size = 0;
+
+  int64_t numel() const;
+
+  // Cuts the rows into chunks of about `elements` elements. Call once the rows are complete.
+  void cut(int64_t elements);
+};
+
+// 64K elements: large enough that taking a chunk costs nothing beside it, small enough that two
+// threads end together on a model of a few million parameters.
+constexpr int64_t kCpuChunkElements = 64 * 1024;
+
+}  // namespace fusedopt

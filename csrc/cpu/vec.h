@@ -1,0 +1,142 @@
+// A vector of compute-type elements, for one instruction tier.
+//
+// A tier's unit defines FUSEDOPT_TIER (its namespace) and FUSEDOPT_VECTOR_BYTES, and includes this
+// header after switching the compiler to its instruction set. Everything here lives in the tier's
+// namespace: template instantiations of different tiers have different names, so that the linker
+// can never hand one tier's code to another. Arithmetic uses the compiler's vector extension;
+// intrinsics appear only where it has no operator: roots and fp16 conversion.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "core/dtype.h"
+
+#define FUSEDOPT_INLINE __attribute__((always_inline)) inline
+
+namespace fusedopt::FUSEDOPT_TIER {
+
+template <class T, int kLaneCount>
+struct Native {
+  typedef T Type __attribute__((vector_size(kLaneCount * sizeof(T)), aligned(alignof(T))));
+};
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = FUSEDOPT_VECTOR_BYTES / sizeof(T);
+  typedef T Lanes __attribute__((vector_size(FUSEDOPT_VECTOR_BYTES)));
+  Lanes lanes;
+
+  FUSEDOPT_INLINE friend Vec operator+(Vec a, Vec b) { return {a.lanes + b.lanes}; }
+  FUSEDOPT_INLINE friend Vec operator-(Vec a, Vec b) { return {a.lanes - b.lanes}; }
+  FUSEDOPT_INLINE friend Vec operator*(Vec a, Vec b) { return {a.lanes * b.lanes}; }
+  FUSEDOPT_INLINE friend Vec operator/(Vec a, Vec b) { return {a.lanes / b.lanes}; }
+  FUSEDOPT_INLINE friend Vec operator+(Vec a, T b) { return {a.lanes + b}; }
+  FUSEDOPT_INLINE friend Vec operator*(Vec a, T b) { return {a.lanes * b}; }
+  FUSEDOPT_INLINE friend Vec operator*(T a, Vec b) { return {a * b.lanes}; }
+
+  FUSEDOPT_INLINE friend Vec max(Vec a, Vec b) {
+    return {(a.lanes > b.lanes) | (a.lanes != a.lanes) ? a.lanes : b.lanes};
+  }
+
+  FUSEDOPT_INLINE friend Vec sqrt(Vec a) {
+#if defined(__x86_64__)
+#if FUSEDOPT_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) {
+      return {(Lanes)_mm512_maskz_sqrt_ps(0xffff, (__m512)a.lanes)};
+    } else {
+      return {(Lanes)_mm512_maskz_sqrt_pd(0xff, (__m512d)a.lanes)};
+    }
+#elif FUSEDOPT_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4) {
+      return {(Lanes)_mm256_sqrt_ps((__m256)a.lanes)};
+    } else {
+      return {(Lanes)_mm256_sqrt_pd((__m256d)a.lanes)};
+    }
+#else
+    if constexpr (sizeof(T) == 4) {
+      return {(Lanes)_mm_sqrt_ps((__m128)a.lanes)};
+    } else {
+      return {(Lanes)_mm_sqrt_pd((__m128d)a.lanes)};
+    }
+#endif
+#else
+    for (int i = 0; i < kLanes; ++i) a.lanes[i] = fusedopt::sqrt(a.lanes[i]);
+    return a;
+#endif
+  }
+};
+
+// Loads and stores of kLanes elements at any alignment, converting from and to the storage type.
+FUSEDOPT_INLINE Vec<float> load(const float* from) {
+  Vec<float> v;
+  __builtin_memcpy(&v.lanes, from, sizeof v.lanes);
+  return v;
+}
+FUSEDOPT_INLINE void store(float* to, Vec<float> v) {
+  __builtin_memcpy(to, &v.lanes, sizeof v.lanes);
+}
+FUSEDOPT_INLINE Vec<double> load(const double* from) {
+  Vec<double> v;
+  __builtin_memcpy(&v.lanes, from, sizeof v.lanes);
+  return v;
+}
+FUSEDOPT_INLINE void store(double* to, Vec<double> v) {
+  __builtin_memcpy(to, &v.lanes, sizeof v.lanes);
+}
+
+constexpr int kFloats = Vec<float>::kLanes;
+using Words = Native<uint32_t, kFloats>::Type;
+using HalfWords = Native<uint16_t, kFloats>::Type;
+
+FUSEDOPT_INLINE Vec<float> load(const BF16* from) {
+  HalfWords half;
+  __builtin_memcpy(&half, from, sizeof half);
+  return {(Vec<float>::Lanes)(__builtin_convertvector(half, Words) << 16)};
+}
+
+// The rounding of Narrow<BF16>, a vector at a time. Not vcvtneps2bf16: it flushes subnormals.
+FUSEDOPT_INLINE void store(BF16* to, Vec<float> v) {
+  const Words bits = (Words)v.lanes;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words quiet_nan = (bits >> 16) | 0x40u;
+  const Words result = (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
+  const HalfWords half = __builtin_convertvector(result, HalfWords);
+  __builtin_memcpy(to, &half, sizeof half);
+}
+
+#if FUSEDOPT_VECTOR_BYTES == 64
+FUSEDOPT_INLINE Vec<float> load(const F16* from) {
+  return {(Vec<float>::Lanes)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from))};
+}
+FUSEDOPT_INLINE void store(F16* to, Vec<float> v) {
+  _mm256_storeu_si256((__m256i*)to,
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v.lanes, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif FUSEDOPT_VECTOR_BYTES == 32
+FUSEDOPT_INLINE Vec<float> load(const F16* from) {
+  return {(Vec<float>::Lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from))};
+}
+FUSEDOPT_INLINE void store(F16* to, Vec<float> v) {
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v.lanes, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+FUSEDOPT_INLINE Vec<float> load(const F16* from) {
+  Vec<float> v;
+  for (int i = 0; i < kFloats; ++i) v.lanes[i] = widen(from[i]);
+  return v;
+}
+FUSEDOPT_INLINE void store(F16* to, Vec<float> v) {
+  for (int i = 0; i < kFloats; ++i) to[i] = Narrow<F16>::from(v.lanes[i]);
+}
+#endif
+
+}  // namespace fusedopt::FUSEDOPT_TIER
+
+namespace fusedopt {
+template <class T>
+struct ScalarOf<FUSEDOPT_TIER::Vec<T>> {
+  using Type = T;
+};
+}  // namespace fusedopt

@@ -1,0 +1,71 @@
+#include "plan/hyper.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <string>
+
+namespace fusedopt {
+
+namespace {
+
+// Interned, so that a lookup compares pointers before strings.
+py::str interned(const char* text) {
+  return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(text));
+}
+
+// A number of any kind: Python's, NumPy's, or a tensor of one element.
+double number(PyObject* value, const py::str& key) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  if (THPVariable_Check(value)) {
+    const at::Tensor& tensor = THPVariable_Unpack(value);
+    if (tensor.numel() == 1) return tensor.item().toDouble();
+  } else {
+    const double result = PyFloat_AsDouble(value);
+    if (PyErr_Occurred() == nullptr) return result;
+    PyErr_Clear();
+  }
+  throw py::type_error("param group value '" + std::string(key) + "' is " +
+                       std::string(py::repr(py::handle(value))) +
+                       "; it must be a number or a tensor of one element");
+}
+
+bool truth(PyObject* value) {
+  const int result = PyObject_IsTrue(value);
+  if (result < 0) throw py::error_already_set();
+  return result != 0;
+}
+
+}  // namespace
+
+GroupReader::GroupReader(const RuleInfo& rule)
+    : maximize_key_(interned("maximize")), params_key_(interned("params")) {
+  for (const HyperName& name : rule.hyper_names) {
+    keys_.push_back({interned(name.key), name.index});
+  }
+  for (const char* name : {"differentiable", "capturable"}) route_keys_.push_back(interned(name));
+}
+
+GroupValues GroupReader::read(const py::dict& group) const {
+  GroupValues values;
+  for (size_t k = 0; k < keys_.size(); ++k) {
+    PyObject* value = PyDict_GetItem(group.ptr(), keys_[k].name.ptr());
+    if (value == nullptr) throw py::key_error(std::string(keys_[k].name));
+    if (keys_[k].index < 0) {
+      values.hyper.values[k] = number(value, keys_[k].name);
+    } else {
+      const auto element =
+          py::reinterpret_steal<py::object>(PySequence_GetItem(value, keys_[k].index));
+      if (!element) throw py::error_already_set();
+      values.hyper.values[k] = number(element.ptr(), keys_[k].name);
+    }
+  }
+  PyObject* maximize = PyDict_GetItem(group.ptr(), maximize_key_.ptr());
+  values.maximize = maximize != nullptr && truth(maximize);
+  for (size_t f = 0; f < route_keys_.size(); ++f) {
+    PyObject* flag = PyDict_GetItem(group.ptr(), route_keys_[f].ptr());
+    if (flag != nullptr && truth(flag)) values.route_flags |= 1u << f;
+  }
+  return values;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,123 @@
+// The step plan: the one path from an optimizer to a kernel.
+//
+// A plan is built once for an optimizer's parameters that kernels can update, and holds one table
+// for each (storage tuple, variant of the rule): the same launch serves all groups and tensors that
+// share these. Each step, `refresh` reads everything that may have moved or changed - group values,
+// parameters, gradients, state tensors and step counts - straight from the Python objects, in one
+// walk, and either brings the tables up to date or says why the plan no longer fits, having changed
+// nothing; then the caller builds a new one. `launch` writes: step counts, version counters, and the
+// kernels' results.
+//
+// The plan keeps Python references to parameters and unpacks them anew each step. It owns no
+// at::Tensor and nothing of a gradient or state, so that swapping, moving or freeing tensors behind
+// its back works as it does with torch.optim.
+#pragma once
+
+#include <c10/core/TensorImpl.h>
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/registry.h"
+#include "plan/hyper.h"
+
+namespace fusedopt {
+
+namespace py = pybind11;
+
+class StepPlan {
+ public:
+  // `rows` lists (group index, parameter, fresh) for the parameters that kernels update, in the order
+  // of the groups, each with complete state in `state`; fresh says that the state was created for
+  // the step to come. `idle` lists the parameters that wait for a first gradient. Throws
+  // std::invalid_argument for a row that no kernel fits (the caller asks why_not_fused first).
+  StepPlan(const std::string& rule, const py::list& param_groups, const py::dict& state,
+           const py::list& rows, const py::list& idle);
+
+  // None when the plan fits and is up to date, else why it no longer fits.
+  std::optional<std::string> refresh(const py::list& param_groups, const py::dict& state);
+
+  // Performs the step that the last `refresh` prepared.
+  void launch();
+
+  // One dict a table: storage, variant, rows, chunks, slots.
+  py::list describe() const;
+
+ private:
+  struct Group {
+    std::vector<PyObject*> members;  // of group["params"], in order, fused or not
+    GroupValues values;
+    int variant = 0;
+  };
+
+  // What an entry of a parameter's state dict is to the plan.
+  enum : int { kIgnored = -1, kStep = kMaxStates };
+  struct StateKey {
+    py::object name;
+    int role;  // a state index, kStep or kIgnored
+  };
+  using Schema = std::vector<StateKey>;  // a state dict's keys, in order
+
+  // The host's side of a row. Sizes and strides lie in `dims_`, offsets count from its start.
+  struct HostRow {
+    py::object param;
+    int group;
+    int table;
+    int row;
+    int schema = -1;
+    c10::TensorImpl* impl = nullptr;  // of this step: set by refresh, used by launch
+    c10::TensorImpl* states[kMaxStates + 1] = {};
+    void* step_at = nullptr;
+    double step = 0;  // after this step
+    bool step_is_double = false;
+    bool active = false;
+    bool fresh = false;  // the state was created for the row's first step, still to come
+    uint8_t ndim = 0;
+    int8_t param_type, grad_type, state_type;  // at::ScalarType
+    uint32_t sizes, param_strides, grad_strides, state_strides[kMaxStates];
+  };
+
+  struct SlotKey {
+    int group;
+    double step;
+    bool first;
+    bool operator==(const SlotKey&) const = default;
+  };
+
+  struct Launch {
+    int variant;
+    Table table;
+    std::vector<SlotKey> slot_keys;
+    std::vector<int> renamed;  // the slot of this step that rows of a slot of the last one went to
+  };
+
+  struct StateEntry {
+    PyObject* key;
+    int row;  // -1: not a row's
+  };
+
+  void add_row(int group, const py::object& param, bool fresh, const py::dict& state);
+  int schema_for(const py::dict& state, const StateNames& names);
+  int table_for(StorageTuple storage, int variant);
+  uint32_t remember(c10::IntArrayRef dims);
+  bool fits(const c10::TensorImpl& tensor, int8_t type, const HostRow& row,
+            uint32_t strides) const;
+  const char* refresh_groups(const py::list& param_groups);
+  const char* refresh_states(PyObject* state);
+  const char* refresh_row(HostRow& host);
+  int slot_for(Launch& launch, const HostRow& host, int previous);
+
+  const RuleInfo& rule_;
+  GroupReader reader_;
+  std::vector<Group> groups_;
+  std::vector<Schema> schemas_;
+  std::vector<HostRow> rows_;
+  std::vector<PyObject*> idle_;
+  std::vector<StateEntry> entries_;
+  std::vector<int64_t> dims_;
+  std::vector<Launch> launches_;
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,70 @@
+// Stochastic gradient descent with momentum.
+//
+//   g = grad + weight_decay * p
+//   b = g                                   on the first step (no dampening)
+//   b = momentum * b + (1 - dampening) * g  afterwards
+//   d = g + momentum * b (Nesterov), b (momentum), g (plain)
+//   p = p - lr * d
+//
+// Source: Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in
+// deep learning", ICML 2013. Variant: torch.optim.SGD, which scales by lr when the parameter is
+// updated (the paper scales when the velocity is) and starts the buffer at the first gradient.
+// State: momentum_buffer, zero, in the parameter's dtype, absent when momentum is 0.
+// Deviation: none; the first step is `b = 0 * b + 1 * g` on a buffer of zeros.
+#pragma once
+
+#include "rules/rule.h"
+
+namespace fusedopt {
+
+struct Sgd {
+  static constexpr HyperName kHyperNames[] = {
+      {"lr"}, {"momentum"}, {"dampening"}, {"weight_decay"}, {"nesterov"}};
+  static constexpr bool kHasStep = false;
+
+  struct Hyper {
+    double lr, momentum, dampening, weight_decay, nesterov;
+  };
+
+  enum : int { kPlain, kMomentum, kNesterov, kVariants };
+  static int variant(const Hyper& h) {
+    if (h.momentum == 0) return kPlain;
+    return h.nesterov != 0 ? kNesterov : kMomentum;
+  }
+  static constexpr StateNames states(int variant) {
+    return variant == kPlain ? StateNames{0, {}} : StateNames{1, {"momentum_buffer"}};
+  }
+
+  template <class T>
+  struct Scalars {
+    T lr;
+    T weight_decay;
+    T momentum;       // of the look-ahead, every step
+    T buffer_decay;   // momentum, 0 on the first step
+    T buffer_weight;  // 1 - dampening, 1 on the first step
+  };
+
+  template <class T>
+  FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double /*step*/, bool first) {
+    return {T(h.lr), T(h.weight_decay), T(h.momentum), T(first ? 0.0 : h.momentum),
+            T(first ? 1.0 : 1.0 - h.dampening)};
+  }
+
+  template <int kVariant, class V>
+  FUSEDOPT_HD static void update(V& param, V grad, V* state,
+                                        const Scalars<typename ScalarOf<V>::Type>& s) {
+    if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
+    if constexpr (kVariant != kPlain) {
+      V& buffer = state[0];
+      buffer = s.buffer_decay * buffer + s.buffer_weight * grad;
+      if constexpr (kVariant == kNesterov) {
+        grad = grad + s.momentum * buffer;
+      } else {
+        grad = buffer;
+      }
+    }
+    param = param - s.lr * grad;
+  }
+};
+
+}  // namespace fusedopt

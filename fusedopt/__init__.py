@@ -1,0 +1,27 @@
+"""Multi-tensor fused optimizers: torch.optim's classes, stepped at memory speed.
+
+Change one import (``from torch.optim import AdamW`` to ``from fusedopt import AdamW``); constructors,
+errors, ``state_dict`` and trajectories stay torch's. ``python -m fusedopt`` says what was built and
+which backend each device gets.
+"""
+
+from fusedopt.adagrad import Adagrad
+from fusedopt.adam import Adam
+from fusedopt.adamw import AdamW
+from fusedopt.backends import cpu_tier, cpu_tiers
+from fusedopt.packing import Route
+from fusedopt.rmsprop import RMSprop
+from fusedopt.sgd import SGD
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "RMSprop",
+    "Route",
+    "cpu_tier",
+    "cpu_tiers",
+]

@@ -1,0 +1,157 @@
+"""The tests' own ground: the list of samples, the oracle and the tolerances."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import tolerances
+import torch
+from cases import CASES, Case, Sample, case_samples, oracle_hyper
+
+# torch's database, as the texts of its keyword arguments. In a process of its own: importing torch's
+# test utilities freezes global flags, and wants a package that only their TestCase needs.
+_DATABASE = """
+import json, sys, types, unittest
+sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
+import torch
+from torch.testing._internal.common_optimizers import optim_db
+from test_cases import comparable
+print(json.dumps({
+    f"{info.name} {dtype}": [
+        (i.desc, comparable(i.kwargs)) for i in info.optim_inputs_func("cpu", dtype=dtype)
+    ]
+    for info in optim_db for dtype in (torch.float32, torch.float16)
+}))
+"""
+
+
+def comparable(kwargs: dict[str, Any]) -> list[list[str]]:
+    """Keyword arguments as texts; that of a tensor holds its values, dtype and shape."""
+    return sorted([key, repr(value)] for key, value in kwargs.items())
+
+
+@pytest.fixture(scope="module")
+def database() -> dict[str, list[tuple[str, list[list[str]]]]]:
+    result = subprocess.run(
+        [sys.executable, "-c", _DATABASE],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_sample_of_torchs_database_is_in_ours(
+    case: Case, dtype: torch.dtype, database: dict[str, Any]
+) -> None:
+    theirs = database[f"{case.torch_class.__name__} {dtype}"]
+    assert theirs
+    ours = [comparable(case.kwargs(sample, dtype)) for sample in case.samples]
+    missing = [desc for desc, kwargs in theirs if kwargs not in ours]
+    assert not missing, f"add these samples of torch's database to {case.name}: {missing}"
+
+
+def test_names_of_samples_are_unique() -> None:
+    names = [param.id for param in case_samples()]
+    assert len(set(names)) == len(names)
+
+
+def _as_float64(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_as_float64(v) for v in value)
+    return value.double() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("case, sample", case_samples())
+def test_oracle_is_torchs_float64_step(case: Case, sample: Sample) -> None:
+    """The oracle restates torch.optim; torch's own fp64 step, from p = 0 too, says if it does."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.randn(64, dtype=torch.float64, generator=generator)
+    param[::8] = 0
+    param.requires_grad_()
+    # A hyperparameter in an fp32 tensor would make torch correct the bias in fp32.
+    kwargs = {k: _as_float64(v) for k, v in case.kwargs(sample).items()}
+    optimizer = case.torch_class([param], foreach=False, **kwargs)
+    hyper = oracle_hyper(case.rule, optimizer.param_groups[0])
+    for step in range(1, 6):
+        param.grad = torch.randn(64, dtype=torch.float64, generator=generator)
+        state = optimizer.state[param]
+        before = {n: s.clone() for n, s in state.items() if n in case.states and s is not None}
+        if step == 1 and case.rule != "sgd":
+            first = sample.kwargs.get("initial_accumulator_value", 0.0)
+            before = {name: torch.full_like(param, first) for name in case.states}
+        old = param.detach().clone()
+        optimizer.step()
+        after = {n: s for n, s in state.items() if n in case.states and s is not None}
+        tolerances.assert_step_close(
+            case.rule, torch.float64, (old, param.grad, before), (param, after), step, hyper
+        )
+        assert not torch.equal(param.detach(), old)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_ulp_is_the_distance_to_the_next_number(dtype: torch.dtype) -> None:
+    kind, patterns = (
+        (torch.int32, torch.arange(0, 2**31 - 1, 98_317))
+        if dtype == torch.float32
+        else (torch.int16, torch.arange(0, 2**15 - 1))
+    )
+    here = patterns.to(kind).view(dtype)
+    there = (patterns + 1).to(kind).view(dtype)
+    finite = torch.isfinite(there)
+    distance = there.double() - here.double()
+    np.testing.assert_array_equal(tolerances.ulp(here, dtype)[finite], distance[finite])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_a_bound_is_sharp(dtype: str) -> None:
+    """Storage's half ulp and k ulps of the arithmetic pass, one more ulp of storage does not."""
+    old, new = np.array([1.0, 1.0, 0.0]), np.array([1.0, 1.5, 0.25])
+    tolerances.assert_param_close(new, new, old, dtype, "adam")
+    step = float(tolerances.ulp(1.0, dtype))
+    k = tolerances.PARAM_ULPS["adam"]
+    beyond = 1.0 if tolerances.compute_dtype(dtype) != dtype else 5.0 * k
+    for sign in (1, -1):
+        with pytest.raises(AssertionError, match=r"worst at \(1,\).*error .* ulp, bound .* ulp"):
+            tolerances.assert_param_close(
+                new + [0, sign * beyond * step, 0], new, old, dtype, "adam"
+            )
+
+
+def test_not_a_number_is_never_close() -> None:
+    nan, one = np.array([np.nan]), np.array([1.0])
+    for actual, wanted, old in [(nan, one, one), (one, nan, one), (nan, nan, one), (one, one, nan)]:
+        with pytest.raises(AssertionError, match="1 of 1 elements are off"):
+            tolerances.assert_param_close(actual, wanted, old, "float32", "sgd")
+
+
+def test_a_store_may_overflow_only_beyond_the_largest_number() -> None:
+    old, infinity = np.array([1e4]), np.array([np.inf])
+    tolerances.assert_state_close(infinity, np.array([65520.0]), old, "float16", "adagrad", "sum")
+    tolerances.assert_state_close(infinity, np.array([1e9]), old, "float16", "adagrad", "sum")
+    for wanted in (65400.0, -1e9):
+        with pytest.raises(AssertionError):
+            tolerances.assert_state_close(
+                infinity, np.array([wanted]), old, "float16", "adagrad", "sum"
+            )
+
+
+def test_a_state_can_be_missing_only_on_sgds_first_step() -> None:
+    zero = np.zeros(1)
+    for rule in oracle.RULES:
+        if rule == "sgd":
+            oracle.sgd(zero, zero, {}, 1, lr=0.1, momentum=0.9)
+        else:
+            with pytest.raises(KeyError):
+                oracle.RULES[rule](zero, zero, {}, 1, lr=0.1)
