@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 REMEDY = "pip install torch, then pip install --no-build-isolation ."
@@ -60,7 +61,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         try:
             told = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True)
         except OSError:
-            sys.exit(f"fusedopt needs a C++20 compiler and found no `{cxx}`: install g++ or set CXX")
+            sys.exit(f"fusedopt needs a C++20 compiler and has no `{cxx}`: install g++ or set CXX")
         compiler = told.stdout.partition("\n")[0]
         print(
             f"fusedopt: building the CPU part for torch {TORCH} with {compiler}; "
@@ -81,8 +82,8 @@ class BuildExtension(cpp_extension.BuildExtension):
 
     def get_output_mapping(self) -> dict[str, str]:
         """Tells a strict editable install, which links every output to its source, of the file."""
-        built, *in_place = map(str, self.info_paths())
-        return super().get_output_mapping() | {built: source for source in in_place}
+        paths = [str(path) for path in self.info_paths()]
+        return super().get_output_mapping() | dict(pairwise(paths))
 
 
 def csrc(pattern: str) -> list[str]:
@@ -94,7 +95,7 @@ def csrc(pattern: str) -> list[str]:
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 include_dirs = [str(ROOT / "csrc")]  # absolute: ninja runs in its own folder
 if not any(Path(folder, "pybind11").is_dir() for folder in cpp_extension.include_paths()):
-    import pybind11  # some builds of torch leave it to the system; else torch's copy is the right one
+    import pybind11  # some builds of torch leave it to the system; torch's own copy comes first
 
     include_dirs.append(pybind11.get_include())
 
@@ -106,15 +107,13 @@ extension = cpp_extension.CppExtension(
     extra_compile_args=COMPILE_FLAGS,
     extra_link_args=["-fopenmp"],
 )
-packages = [
-    name
-    for root, folder in FOLDERS.items()
-    for name in (root, *(f"{root}.{sub}" for sub in setuptools.find_packages(folder)))
-]
+packages = [*FOLDERS]
+for root, folder in FOLDERS.items():
+    packages += [f"{root}.{sub}" for sub in setuptools.find_packages(folder)]
 setuptools.setup(
     packages=packages,
     package_dir=FOLDERS,
-    package_data={"fusedopt": ["py.typed"]},
+    package_data={"fusedopt": ["py.typed", "*.pyi"]},
     ext_modules=[extension],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -9,8 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import fusedopt
 import torch
+
+import fusedopt
 
 
 def describe() -> dict[str, Any]:

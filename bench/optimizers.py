@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import fusedopt
 import torch
+
+import fusedopt
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ SETTINGS: dict[str, Settings] = {
     "Adagrad": Settings(train={"lr": 0.02}),
     "RMSprop": Settings(train={"lr": 1e-3}),
     "Adam": Settings(train={"lr": 2e-3}),
-    "AdamW": Settings(train={"lr": 2e-3}),
+    "AdamW": Settings(train={"lr": 1e-3, "weight_decay": 0.1}),
 }
 
 # Gradients never change in the step job: a small rate keeps thousands of equal steps finite.

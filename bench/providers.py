@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import fusedopt
 import torch
+
+import fusedopt
 from fusedopt import _C
 
 from . import optimizers

@@ -8,6 +8,7 @@ but the gradients, so memory is bounded by the largest row.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -108,18 +109,28 @@ class Row:
             "best_torch": self.best_torch(),
             "unavailable": self.unavailable,
             "details": self.details,
-            "seconds": self.race.seconds,
+            "seconds": {
+                name: [None if math.isnan(value) else value for value in values]
+                for name, values in self.race.seconds.items()
+            },
         }
 
 
-def plan_tasks(workloads: list[str], names: list[str], dtypes: list[str]) -> list[Task]:
-    """Every combination, workload by workload."""
-    return [
-        Task(workload, optimizer, dtype)
-        for workload in workloads
-        for dtype in dtypes
-        for optimizer in names
-    ]
+def plan_tasks(workloads: list[str], names: list[str], dtypes: list[str] | None) -> list[Task]:
+    """The rows to measure, workload by workload.
+
+    Args:
+        workloads: names in ``WORKLOADS``.
+        names: names of optimizers.
+        dtypes: names in ``DTYPES``; None for float32, and AdamW in bfloat16 where bytes decide.
+    """
+    tasks = []
+    for workload in workloads:
+        for dtype in dtypes or ["float32"]:
+            tasks += [Task(workload, optimizer, dtype) for optimizer in names]
+        if dtypes is None and workload in ("huge", "many") and "AdamW" in names:
+            tasks.append(Task(workload, "AdamW", "bfloat16"))
+    return tasks
 
 
 def measure(
@@ -171,6 +182,8 @@ def race_row(
             row.unavailable[name] = reason
         else:
             contestants[name] = PROVIDERS[name].build(task.optimizer, gradients)
+    if not contestants:
+        return
     suffix = "" if task.dtype == "float32" else f" {task.dtype}"
     label = f"{task.workload} / {task.optimizer}{suffix}"
     steps = {name: contestant.step for name, contestant in contestants.items()}

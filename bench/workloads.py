@@ -1,13 +1,13 @@
 """Named lists of parameter shapes: the work an optimizer step has to do.
 
-=======  ==================================  ==========================================================
-name     shapes                              what it shows
-=======  ==================================  ==========================================================
-huge     8 of 4Mi elements                   memory speed alone
-gpt2     the 148 parameters of GPT-2 124M    a real model: 38M-element embedding down to 768-element norms
-many     1,000 of 4,096                      the cost per tensor of a deep or mixture-of-experts model
-tiny     5,000 of 64                         the cost per tensor alone
-=======  ==================================  ==========================================================
+=======  ===============================  ========================================================
+name     shapes                           what it shows
+=======  ===============================  ========================================================
+huge     8 of 4Mi elements                memory speed alone
+gpt2     the 148 parameters of GPT-2    a real model: sizes from 768 to 38.6M elements
+many     1,000 of 4,096                   the cost per tensor of a deep or mixture-of-experts model
+tiny     5,000 of 64                      the cost per tensor alone
+=======  ===============================  ========================================================
 """
 
 from __future__ import annotations

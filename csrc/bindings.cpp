@@ -1,4 +1,5 @@
 // The Python module fusedopt._C: the plan, the CPU tiers, the registry and the traffic floor.
+#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -94,6 +95,10 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("rows"));
 
+  // Whether a profiler or observer would see a range recorded now.
+  m.def("profiled", [] {
+    return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value();
+  });
   m.def("built_tiers", [] {
     std::vector<std::string> names;
     for (const Tier& tier : built_tiers()) names.emplace_back(tier.name);

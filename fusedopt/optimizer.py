@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fusedopt import amp
 from fusedopt._extension import _C
@@ -71,7 +73,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._reported_torch = False
         super().__init__(*args, **kwargs)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
 
         Args:
@@ -96,6 +98,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             packed.undo()
         return loss
+
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
+
+    @functools.wraps(_step)
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        # torch wraps every step in its hooks and a profiler range. That costs as much as walking some
+        # hundred tensors, so it is done only where someone listens - and not around a user's override
+        # of this method, which torch has wrapped already.
+        if type(self).step is FusedOptimizer.step and (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or _C.profiled()
+        ):
+            return self._hooked_step(*args, **kwargs)
+        return self._step(*args, **kwargs)
+
+    step.__name__ = "step"
+    step.__qualname__ = "FusedOptimizer.step"
+    step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it again
 
     def _pack(self) -> Packed:
         self._packed = None  # first: a plan that no longer fits must not survive a failure

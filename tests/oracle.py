@@ -1,13 +1,14 @@
 """The float64 oracle: every rule written from its formula, once, in numpy, and nowhere else.
 
-A rule is a function ``(param, grad, states, step, **hyper) -> (new_param, new_states)`` over float64
-arrays. It follows the formula that ``torch.optim`` documents, reads hyperparameters by torch's
-names, and never writes its arguments. ``states`` maps torch's ``state_dict`` names to arrays; a
-missing SGD ``momentum_buffer`` is the first step, as torch's ``None`` is. ``step`` counts from 1.
+A rule is a function ``(param, grad, states, step, **hyper) -> (new_param, new_states)`` over
+float64 arrays. It follows the formula that ``torch.optim`` documents, reads hyperparameters by
+torch's names, and never writes its arguments. ``states`` maps torch's ``state_dict`` names to
+arrays; a missing SGD ``momentum_buffer`` is the first step, as torch's ``None`` is. ``step`` counts
+from 1.
 
-``python tests/oracle.py --write FILE`` writes golden cases for ``tests/cpp/rule_test.cpp``. The file
-is lines of words separated by one space; real numbers are C99 hexadecimal floats, so nothing is
-lost. Lines that start with ``#`` are comments. A case is these lines, in this order::
+``python tests/oracle.py --write FILE`` writes golden cases for ``tests/cpp/rule_test.cpp``. The
+file is lines of words separated by one space; real numbers are C99 hexadecimal floats, so nothing
+is lost. Lines that start with ``#`` are comments. A case is these lines, in this order::
 
     case <name>
     rule <name in csrc/rules/all.h>
@@ -18,7 +19,8 @@ lost. Lines that start with ``#`` are comments. A case is these lines, in this o
     <param grad state...  param state...  bound state...  bound state...>
 
 with one line an element: the inputs (exact in float32), the expected new parameter and states, and
-how far each may be off when the rule runs on ``float`` and then on ``double`` (tests/tolerances.py).
+how far each may be off when the rule runs on ``float``, then the same on ``double``
+(tests/tolerances.py).
 """
 
 from __future__ import annotations
@@ -161,7 +163,8 @@ RULES: dict[str, Rule] = {
     "adamw": adamw,
 }
 
-# What follows writes the golden cases of the C++ test. Keys of _HYPER are in the order of each rule's C++ Hyper.
+# What follows writes the golden cases of the C++ test. Keys of _HYPER are in the order of each
+# rule's C++ Hyper.
 _ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": 0.0}
 _HYPER: dict[str, dict[str, float]] = {
     "sgd": {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": 0.0},

@@ -15,8 +15,8 @@ import tolerances
 import torch
 from cases import CASES, Case, Sample, case_samples, oracle_hyper
 
-# torch's database, as the texts of its keyword arguments. In a process of its own: importing torch's
-# test utilities freezes global flags, and wants a package that only their TestCase needs.
+# torch's database, as the texts of its keyword arguments. In a process of its own: importing
+# torch's test utilities freezes global flags, and wants a package that only their TestCase needs.
 _DATABASE = """
 import json, sys, types, unittest
 sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
@@ -73,7 +73,7 @@ def _as_float64(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) else value
 
 
-@pytest.mark.parametrize("case, sample", case_samples())
+@pytest.mark.parametrize(("case", "sample"), case_samples())
 def test_oracle_is_torchs_float64_step(case: Case, sample: Sample) -> None:
     """The oracle restates torch.optim; torch's own fp64 step, from p = 0 too, says if it does."""
     generator = torch.Generator().manual_seed(0)
@@ -122,11 +122,10 @@ def test_a_bound_is_sharp(dtype: str) -> None:
     step = float(tolerances.ulp(1.0, dtype))
     k = tolerances.PARAM_ULPS["adam"]
     beyond = 1.0 if tolerances.compute_dtype(dtype) != dtype else 5.0 * k
+    off = np.array([0, beyond * step, 0])
     for sign in (1, -1):
         with pytest.raises(AssertionError, match=r"worst at \(1,\).*error .* ulp, bound .* ulp"):
-            tolerances.assert_param_close(
-                new + [0, sign * beyond * step, 0], new, old, dtype, "adam"
-            )
+            tolerances.assert_param_close(new + sign * off, new, old, dtype, "adam")
 
 
 def test_not_a_number_is_never_close() -> None:

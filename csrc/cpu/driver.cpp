@@ -104,9 +104,26 @@ void run_strided(const Table& table, const Row& row, const Piece& piece, const v
   }
 }
 
+// Asks for the beginnings of a piece's arrays: a kernel prefetches within its row only, so that the
+// first lines of every row would be waited for, and of a tiny row all of them.
+void prefetch_piece(const Table& table, const Piece& piece) {
+  const Row& row = table.rows[piece.row];
+  const Span span = span_of(row, table.storage, table.states, piece.begin, piece.count);
+  constexpr int kLines = 4;
+  for (int line = 0; line < kLines; ++line) {
+    __builtin_prefetch(static_cast<const char*>(span.param) + 64 * line);
+    __builtin_prefetch(static_cast<const char*>(span.grad) + 64 * line);
+    for (int k = 0; k < table.states; ++k) {
+      __builtin_prefetch(static_cast<const char*>(span.state[k]) + 64 * line);
+    }
+  }
+}
+
 void run_chunk(const Table& table, const Chunk& chunk, Kernel kernel) {
+  constexpr int64_t kPiecesAhead = 2;
   for (int64_t p = chunk.first_piece; p < chunk.last_piece; ++p) {
     const Piece& piece = table.pieces[p];
+    if (p + kPiecesAhead < chunk.last_piece) prefetch_piece(table, table.pieces[p + kPiecesAhead]);
     const Row& row = table.rows[piece.row];
     if (row.grad == nullptr) continue;
     const void* slot = table.slots.data() + row.slot * table.slot_size;
@@ -120,14 +137,22 @@ void run_chunk(const Table& table, const Chunk& chunk, Kernel kernel) {
 
 }  // namespace
 
-void run_table(const Table& table, Kernel kernel, const RunWorkers& run_workers) {
+void run_tables(const std::vector<Work>& work, const RunWorkers& run_workers) {
+  size_t total = 0;
+  for (const Work& item : work) total += item.table->chunks.size();
   std::atomic<size_t> next{0};
   const auto worker = [&] {
-    for (size_t c = next++; c < table.chunks.size(); c = next++) {
-      run_chunk(table, table.chunks[c], kernel);
+    size_t item = 0;
+    size_t before = 0;  // chunks of the items before this one
+    for (size_t c = next++; c < total; c = next++) {
+      while (c - before >= work[item].table->chunks.size()) {
+        before += work[item++].table->chunks.size();
+      }
+      const Table& table = *work[item].table;
+      run_chunk(table, table.chunks[c - before], work[item].kernel);
     }
   };
-  if (table.chunks.size() <= 1) {
+  if (total <= 1) {
     worker();  // not worth waking a pool
   } else {
     run_workers(worker);

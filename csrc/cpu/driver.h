@@ -1,7 +1,9 @@
-// The CPU driver: one parallel region over a table's chunks, whatever the number of tensors.
+// The CPU driver: one parallel region over the chunks of all tables, whatever the number of
+// tensors, dtypes and flags.
 #pragma once
 
 #include <functional>
+#include <vector>
 
 #include "core/table.h"
 #include "cpu/tiers.h"
@@ -13,8 +15,13 @@ namespace fusedopt {
 // of workers, one included, does all the work.
 using RunWorkers = std::function<void(const std::function<void()>& worker)>;
 
-// Updates every active row of the table. Rows whose arrays run through memory in one order are
+struct Work {
+  const Table* table;
+  Kernel kernel;
+};
+
+// Updates every active row of every table. Rows whose arrays run through memory in one order are
 // updated in place; others are gathered block by block into buffers, updated there and scattered.
-void run_table(const Table& table, Kernel kernel, const RunWorkers& run_workers);
+void run_tables(const std::vector<Work>& work, const RunWorkers& run_workers);
 
 }  // namespace fusedopt

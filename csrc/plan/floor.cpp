@@ -25,7 +25,7 @@ TrafficFloor::TrafficFloor(const pybind11::list& rows) : keep_(rows) {
     if (width == 0) width = arrays.size();
     bool good = arrays.size() == width && width >= 2 && width <= kMaxArrays;
     for (const at::Tensor& array : arrays) {
-      good = good && is_plain_cpu(*array.unsafeGetTensorImpl()) && array.is_contiguous() &&
+      good = good && array.key_set() == plain_cpu_keys() && array.is_contiguous() &&
              array.nbytes() == arrays[0].nbytes() && array.nbytes() % 4 == 0;
     }
     if (!good) {
@@ -46,7 +46,7 @@ TrafficFloor::TrafficFloor(const pybind11::list& rows) : keep_(rows) {
 void TrafficFloor::run() {
   const Kernel kernel = current_tier().floor(table_.states);
   const pybind11::gil_scoped_release no_gil;
-  run_table(table_, kernel, run_on_torch_pool);
+  run_tables({{&table_, kernel}}, run_on_torch_pool);
 }
 
 }  // namespace fusedopt

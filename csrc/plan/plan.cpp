@@ -2,7 +2,6 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
 #include <stdexcept>
 #include <unordered_map>
 
@@ -12,22 +11,9 @@
 
 namespace fusedopt {
 
-namespace {
-
-// The reasons that several checks share; each ends the sentence "the plan is rebuilt because".
-constexpr const char* kStateChanged = "the optimizer's state has other entries";
-constexpr const char* kGroupsChanged = "the parameter groups have other members";
-
-// A tensor by its Python object; null where it is not torch's own type (a subclass is not trusted).
-const at::Tensor* exact_tensor(PyObject* object) {
-  return THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr;
-}
-
-}  // namespace
-
 StepPlan::StepPlan(const std::string& rule, const py::list& param_groups, const py::dict& state,
                    const py::list& rows, const py::list& idle)
-    : rule_(find_rule(rule)), reader_(rule_) {
+    : rule_(find_rule(rule)), reader_(rule_), plain_keys_(plain_cpu_keys()) {
   for (const py::handle group : param_groups) {
     Group& info = groups_.emplace_back();
     const auto dict = py::reinterpret_borrow<py::dict>(group);
@@ -65,6 +51,8 @@ void StepPlan::add_row(int group, const py::object& param, bool fresh, const py:
       arrays.push_back(THPVariable_Unpack(py::object(entry[names.names[k]]).ptr()));
     }
     host.schema = schema_for(entry, names);
+    host.roles = static_cast<uint8_t>((1u << names.count) - 1);
+    if (rule_.has_step) host.roles |= 1u << kStep;
   }
   const at::Tensor& first_state = names.count > 0 ? arrays[2] : tensor;
   const StorageTuple storage{*storage_dtype(tensor), *storage_dtype(grad),
@@ -128,7 +116,7 @@ int StepPlan::schema_for(const py::dict& state, const StateNames& names) {
   for (size_t s = 0; s < schemas_.size(); ++s) {
     bool same = schemas_[s].size() == schema.size();
     for (size_t k = 0; same && k < schema.size(); ++k) {
-      same = schemas_[s][k].role == schema[k].role && schemas_[s][k].name.equal(schema[k].name);
+      same = schemas_[s][k].role == schema[k].role && schemas_[s][k].name.is(schema[k].name);
     }
     if (same) return static_cast<int>(s);
   }
@@ -142,179 +130,43 @@ uint32_t StepPlan::remember(c10::IntArrayRef dims) {
   return at;
 }
 
-bool StepPlan::fits(const c10::TensorImpl& tensor, int8_t type, const HostRow& row,
-                    uint32_t strides) const {
-  if (!is_plain_cpu(tensor) || tensor.dim() != row.ndim) return false;
-  if (static_cast<int8_t>(c10::typeMetaToScalarType(tensor.dtype())) != type) return false;
-  const c10::IntArrayRef sizes(dims_.data() + row.sizes, row.ndim);
-  return tensor.sizes() == sizes &&
-         same_layout(sizes, tensor.strides(), {dims_.data() + strides, row.ndim});
-}
-
-std::optional<std::string> StepPlan::refresh(const py::list& param_groups, const py::dict& state) {
-  const char* reason = refresh_groups(param_groups);
-  if (reason == nullptr) reason = refresh_states(state.ptr());
-  if (reason != nullptr) return reason;
-  for (Launch& launch : launches_) {
-    launch.renamed.assign(launch.slot_keys.size(), -1);
-    launch.slot_keys.clear();
-    launch.table.slots.clear();
-  }
-  for (HostRow& host : rows_) {
-    reason = refresh_row(host);
-    if (reason != nullptr) return reason;
-  }
-  return std::nullopt;
-}
-
-const char* StepPlan::refresh_groups(const py::list& param_groups) {
-  if (param_groups.size() != groups_.size()) return kGroupsChanged;
-  for (size_t g = 0; g < groups_.size(); ++g) {
-    Group& group = groups_[g];
-    const auto dict = py::reinterpret_borrow<py::dict>(param_groups[g]);
-    PyObject* params = PyDict_GetItem(dict.ptr(), reader_.params_key());
-    if (params == nullptr || !PyList_Check(params)) return kGroupsChanged;
-    if (PyList_GET_SIZE(params) != Py_ssize_t(group.members.size())) return kGroupsChanged;
-    for (size_t m = 0; m < group.members.size(); ++m) {
-      if (PyList_GET_ITEM(params, m) != group.members[m]) return kGroupsChanged;
-    }
-    const GroupValues values = reader_.read(dict);
-    if (values.route_flags != group.values.route_flags ||
-        rule_.variant(values.hyper) != group.variant) {
-      return "a flag of a parameter group changed";
-    }
-    group.values = values;
-  }
-  for (PyObject* param : idle_) {
-    if (THPVariable_Unpack(param).unsafeGetTensorImpl()->grad().defined()) {
-      return "a parameter received its first gradient";
-    }
-  }
-  return nullptr;
-}
-
-const char* StepPlan::refresh_states(PyObject* state) {
-  Py_ssize_t position = 0;
-  PyObject* key = nullptr;
-  PyObject* value = nullptr;
-  size_t entry = 0;
-  while (PyDict_Next(state, &position, &key, &value) != 0) {
-    if (entry == entries_.size() || entries_[entry].key != key) return kStateChanged;
-    const int index = entries_[entry++].row;
-    if (index < 0) continue;
-    if (!PyDict_Check(value)) return kStateChanged;
-    HostRow& host = rows_[index];
-    Row& row = launches_[host.table].table.rows[host.row];
-    const Schema& schema = schemas_[host.schema];
-    Py_ssize_t inner = 0;
-    PyObject* name = nullptr;
-    PyObject* object = nullptr;
-    size_t k = 0;
-    while (PyDict_Next(value, &inner, &name, &object) != 0) {
-      if (k == schema.size()) return kStateChanged;
-      const StateKey& expected = schema[k++];
-      if (expected.name.ptr() != name &&
-          PyObject_RichCompareBool(expected.name.ptr(), name, Py_EQ) != 1) {
-        return kStateChanged;
-      }
-      if (expected.role == kIgnored) continue;
-      const at::Tensor* tensor = exact_tensor(object);
-      if (tensor == nullptr) return "a state is no longer a plain tensor";
-      c10::TensorImpl* impl = tensor->unsafeGetTensorImpl();
-      host.states[expected.role] = impl;
-      if (expected.role == kStep) {
-        const auto type = c10::typeMetaToScalarType(impl->dtype());
-        if (!is_plain_cpu(*impl) || impl->numel() != 1 ||
-            (type != at::kFloat && type != at::kDouble)) {
-          return "a step count has another dtype or device";
-        }
-        host.step_at = impl->mutable_data();
-        host.step_is_double = type == at::kDouble;
-      } else {
-        if (!fits(*impl, host.state_type, host, host.state_strides[expected.role])) {
-          return "a state was replaced by one of another dtype or layout";
-        }
-        row.state[expected.role] = impl->mutable_data();
-      }
-    }
-    if (k != schema.size()) return kStateChanged;
-  }
-  return entry == entries_.size() ? nullptr : kStateChanged;
-}
-
-const char* StepPlan::refresh_row(HostRow& host) {
-  Launch& launch = launches_[host.table];
-  Row& row = launch.table.rows[host.row];
-  c10::TensorImpl* param = THPVariable_Unpack(host.param.ptr()).unsafeGetTensorImpl();
-  const at::Tensor& grad = const_cast<const c10::TensorImpl*>(param)->grad();
-  host.impl = param;
-  host.active = grad.defined();
-  row.grad = nullptr;
-  if (!host.active) return nullptr;
-  if (!fits(*param, host.param_type, host, host.param_strides)) {
-    return "a parameter has another dtype or layout";
-  }
-  const c10::TensorImpl* grad_impl = grad.unsafeGetTensorImpl();
-  if (!fits(*grad_impl, host.grad_type, host, host.grad_strides)) {
-    return "a gradient has another dtype or layout";
-  }
-  if (row.numel > 0) {
-    row.param = param->mutable_data();
-    row.grad = grad_impl->data();
-    if (row.param == nullptr) return "a parameter's storage is empty";
-    if (row.param == row.grad) return "a gradient is its parameter's own memory";
-  }
-  if (rule_.has_step) {
-    host.step = 1 + (host.step_is_double ? *static_cast<double*>(host.step_at)
-                                         : double(*static_cast<float*>(host.step_at)));
-  }
-  row.slot = slot_for(launch, host, row.slot);
-  return nullptr;
-}
-
-int StepPlan::slot_for(Launch& launch, const HostRow& host, int previous) {
-  const SlotKey key{host.group, host.step, host.fresh};
-  std::vector<SlotKey>& keys = launch.slot_keys;
-  // Rows that shared a slot in the last step nearly always share one again.
-  const bool known = previous < int(launch.renamed.size());
-  if (known) {
-    const int slot = launch.renamed[previous];
-    if (slot >= 0 && keys[slot] == key) return slot;
-  }
-  int slot = static_cast<int>(std::find(keys.begin(), keys.end(), key) - keys.begin());
-  if (slot == int(keys.size())) {
-    keys.push_back(key);
-    Table& table = launch.table;
-    table.slots.resize(keys.size() * table.slot_size);
-    const GroupValues& values = groups_[host.group].values;
-    rule_.write_slot(table.storage.param, values.hyper, key.step, key.first,
-                     values.maximize ? -1.0 : 1.0, table.slots.data() + slot * table.slot_size);
-  }
-  if (known && launch.renamed[previous] < 0) launch.renamed[previous] = slot;
-  return slot;
-}
-
 void StepPlan::launch() {
-  for (HostRow& host : rows_) {
+  const Tier& tier = current_tier();
+  std::vector<Work> work;
+  for (const Launch& launch : launches_) {
+    const int storage = storage_index(launch.table.storage);
+    work.push_back({&launch.table, tier.kernel(rule_.index, launch.variant, storage)});
+  }
+  const py::gil_scoped_release no_gil;
+  for_blocks(rows_.size(), [this](size_t begin, size_t end) { commit(begin, end); });
+  run_tables(work, run_on_torch_pool);
+}
+
+void StepPlan::commit(size_t begin, size_t end) {
+  // A version counter is bumped by a locked instruction, which waits for its cache miss and holds up
+  // all that follow. Plain reads first: their misses overlap.
+  for (size_t r = begin; r < end; ++r) {
+    const HostRow& host = rows_[r];
+    if (!host.active) continue;
+    host.impl->version_counter().current_version();
+    for (int k = 0; k <= kMaxStates; ++k) {
+      if (host.has(k)) host.states[k]->version_counter().current_version();
+    }
+  }
+  for (size_t r = begin; r < end; ++r) {
+    HostRow& host = rows_[r];
     if (!host.active) continue;
     host.fresh = false;
     host.impl->bump_version();
-    const int count = launches_[host.table].table.states;
-    for (int k = 0; k < count; ++k) host.states[k]->bump_version();
-    if (!rule_.has_step) continue;
-    host.states[kStep]->bump_version();
+    for (int k = 0; k <= kMaxStates; ++k) {
+      if (host.has(k)) host.states[k]->bump_version();
+    }
+    if (!host.has(kStep)) continue;
     if (host.step_is_double) {
       *static_cast<double*>(host.step_at) = host.step;
     } else {
       *static_cast<float*>(host.step_at) = static_cast<float>(host.step);
     }
-  }
-  const Tier& tier = current_tier();
-  const py::gil_scoped_release no_gil;
-  for (const Launch& launch : launches_) {
-    const Table& table = launch.table;
-    const Kernel kernel = tier.kernel(rule_.index, launch.variant, storage_index(table.storage));
-    run_table(table, kernel, run_on_torch_pool);
   }
 }
 

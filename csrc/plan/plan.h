@@ -60,23 +60,30 @@ class StepPlan {
   };
   using Schema = std::vector<StateKey>;  // a state dict's keys, in order
 
-  // The host's side of a row. Sizes and strides lie in `dims_`, offsets count from its start.
+  // The host's side of a row. Sizes and strides are offsets into `dims_`. What a step finds stands
+  // here from `refresh` to `launch` only; between steps these pointers may dangle.
   struct HostRow {
     py::object param;
+    PyObject* state = nullptr;  // its entry of optimizer.state; null when the rule keeps none
+    c10::TensorImpl* impl = nullptr;
+    const c10::TensorImpl* grad = nullptr;
+    c10::TensorImpl* states[kMaxStates + 1] = {};
+    void* step_at = nullptr;
+    double step = 0;  // after this step
     int group;
     int table;
     int row;
     int schema = -1;
-    c10::TensorImpl* impl = nullptr;  // of this step: set by refresh, used by launch
-    c10::TensorImpl* states[kMaxStates + 1] = {};
-    void* step_at = nullptr;
-    double step = 0;  // after this step
+    uint32_t sizes, param_strides, grad_strides, state_strides[kMaxStates];
+    int8_t param_type, grad_type, state_type;  // at::ScalarType
+    uint8_t ndim;
+    uint8_t roles = 0;  // which of `states` the row has, as bits
     bool step_is_double = false;
     bool active = false;
+    bool copy_on_write = false;
     bool fresh = false;  // the state was created for the row's first step, still to come
-    uint8_t ndim = 0;
-    int8_t param_type, grad_type, state_type;  // at::ScalarType
-    uint32_t sizes, param_strides, grad_strides, state_strides[kMaxStates];
+
+    bool has(int role) const { return ((roles >> role) & 1) != 0; }
   };
 
   struct SlotKey {
@@ -105,12 +112,19 @@ class StepPlan {
   bool fits(const c10::TensorImpl& tensor, int8_t type, const HostRow& row,
             uint32_t strides) const;
   const char* refresh_groups(const py::list& param_groups);
-  const char* refresh_states(PyObject* state);
+  const char* refresh_entries(PyObject* state);
+  const char* refresh_rows(size_t begin, size_t end);
+  bool find_state_tensors(const HostRow& host, PyObject** objects) const;
   const char* refresh_row(HostRow& host);
+  void materialize(HostRow& host);
+  void assign_slots();
   int slot_for(Launch& launch, const HostRow& host, int previous);
+
+  void commit(size_t begin, size_t end);
 
   const RuleInfo& rule_;
   GroupReader reader_;
+  c10::DispatchKeySet plain_keys_;
   std::vector<Group> groups_;
   std::vector<Schema> schemas_;
   std::vector<HostRow> rows_;

@@ -26,12 +26,9 @@ std::optional<DType> storage_dtype(const at::Tensor& tensor) {
 
 int64_t components(const at::Tensor& tensor) { return tensor.is_complex() ? 2 : 1; }
 
-bool is_plain_cpu(const c10::TensorImpl& tensor) {
-  static const c10::DispatchKeySet plain = [] {
-    const c10::InferenceMode no_inference(false);
-    return at::empty({0}, at::TensorOptions(at::kCPU)).key_set();
-  }();
-  return tensor.key_set() == plain;
+c10::DispatchKeySet plain_cpu_keys() {
+  const c10::InferenceMode no_inference(false);
+  return at::empty({0}, at::TensorOptions(at::kCPU)).key_set();
 }
 
 bool same_layout(c10::IntArrayRef sizes, c10::IntArrayRef a, c10::IntArrayRef b) {
@@ -68,6 +65,8 @@ bool may_overlap_itself(const at::Tensor& tensor) {
   return false;
 }
 
+bool is_plain(const at::Tensor& tensor) { return tensor.key_set() == plain_cpu_keys(); }
+
 std::string describe_unplain(const at::Tensor& tensor, const std::string& what) {
   if (tensor.layout() != at::kStrided) {
     return what + " is sparse";
@@ -84,14 +83,14 @@ std::string describe_unplain(const at::Tensor& tensor, const std::string& what) 
 }  // namespace
 
 std::string why_not_fused(const at::Tensor& param, const at::Tensor& grad) {
-  if (!is_plain_cpu(*param.unsafeGetTensorImpl())) return describe_unplain(param, "the parameter");
+  if (!is_plain(param)) return describe_unplain(param, "the parameter");
   if (!storage_dtype(param)) {
     return std::string("its dtype is ") + at::toString(param.scalar_type());
   }
   if (may_overlap_itself(param)) return "several of its elements share one memory location";
   if (param.numel() > 0 && param.const_data_ptr() == nullptr) return "its storage is empty";
   if (!grad.defined()) return "";
-  if (!is_plain_cpu(*grad.unsafeGetTensorImpl())) return describe_unplain(grad, "its gradient");
+  if (!is_plain(grad)) return describe_unplain(grad, "its gradient");
   if (!storage_dtype(grad) || components(grad) != components(param)) {
     return std::string("its gradient's dtype is ") + at::toString(grad.scalar_type());
   }
@@ -103,7 +102,7 @@ std::string why_not_fused(const at::Tensor& param, const at::Tensor& grad) {
 }
 
 std::string why_state_unfit(const at::Tensor& param, const at::Tensor& state) {
-  if (!is_plain_cpu(*state.unsafeGetTensorImpl())) return describe_unplain(state, "a state");
+  if (!is_plain(state)) return describe_unplain(state, "a state");
   if (!storage_dtype(state) || components(state) != components(param)) {
     return std::string("a state's dtype is ") + at::toString(state.scalar_type());
   }

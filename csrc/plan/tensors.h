@@ -17,9 +17,9 @@ std::optional<DType> storage_dtype(const at::Tensor& tensor);
 // Elements of the storage type an element of the tensor consists of: 2 for complex types, else 1.
 int64_t components(const at::Tensor& tensor);
 
-// True for a dense CPU tensor in torch's plain representation: not sparse, quantized, nested, lazily
-// conjugated or negated, wrapped by a subclass, or created in inference mode.
-bool is_plain_cpu(const c10::TensorImpl& tensor);
+// The dispatch keys of a dense CPU tensor in torch's plain representation: not sparse, quantized,
+// nested, lazily conjugated or negated, wrapped by a subclass, or created in inference mode.
+c10::DispatchKeySet plain_cpu_keys();
 
 // The same memory order, index for index (strides of dimensions of length 1 mean nothing).
 bool same_layout(c10::IntArrayRef sizes, c10::IntArrayRef a, c10::IntArrayRef b);

@@ -8,7 +8,7 @@ namespace check {
 
 inline long failures = 0;
 
-constexpr long kMostPrinted = 20;
+constexpr long kMostPrinted = 200;
 
 inline void record(bool good, const char* file, int line, const char* what,
                    const std::string& message) {
@@ -25,7 +25,7 @@ inline int finish(const char* name, long checked) {
 }  // namespace check
 
 // The message is built only for a failure: exhaustive tests check millions of values.
-#define CHECK(condition, message)                                         \
-  do {                                                                    \
+#define CHECK(condition, message)                                                    \
+  do {                                                                               \
     if (!(condition)) check::record(false, __FILE__, __LINE__, #condition, message); \
   } while (false)

@@ -1,8 +1,9 @@
 // Scalar conversions of core/dtype.h against an independent reference (bits16.h): widening for all
 // 65,536 patterns, rounding for every float that decides one. Instruction tiers: driver_test.cpp.
+#include "core/dtype.h"
+
 #include "bits16.h"
 #include "check.h"
-#include "core/dtype.h"
 
 namespace {
 

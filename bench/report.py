@@ -1,0 +1,223 @@
+"""What the reader gets: tables, verdicts in plain words, and the result file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import step, train
+from .providers import PROVIDERS
+from .timing import Stats
+
+SCHEMA = 1  # of the result file; raised when a key changes its meaning
+ABSENT = "-"
+
+
+# Columns the widest table takes. A narrower terminal breaks its lines, which loses nothing; rich
+# would cut off the figures instead.
+WIDTH = 104
+
+
+def make_console() -> Console:
+    """The console of a run, never too narrow for the tables."""
+    console = Console(highlight=False)
+    console.width = max(console.width, WIDTH)
+    return console
+
+
+def make_table(title: str) -> Table:
+    """An empty table with a title and a first column for the optimizer's name."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("optimizer", vertical="bottom", no_wrap=True)
+    return table
+
+
+def add_figures(table: Table, *headers: str, style: str | None = None) -> None:
+    """Adds columns of figures."""
+    for header in headers:
+        table.add_column(header, justify="right", vertical="bottom", no_wrap=True, style=style)
+
+
+def print_machine(console: Console, machine: dict[str, Any]) -> None:
+    """One line that says where the figures come from."""
+    console.print(
+        f"fusedopt {machine['fusedopt']} (CPU tier {machine['tier']}), torch {machine['torch']}, "
+        f"{machine['cpu']}, {machine['threads']} threads of {machine['cores']} cores",
+        soft_wrap=True,
+    )
+
+
+# ---- the digits job ----
+
+
+def train_table(rows: Sequence[train.Row]) -> Table:
+    """The rows of the digits job, a section for each network."""
+    table = make_table("Handwritten digits: torch.optim (default step) and fusedopt side by side")
+    add_figures(
+        table,
+        "loss\ntorch", "loss\nours", "acc. %\ntorch", "acc. %\nours",
+        "diff.\nepoch 1", "diff.\nall", "torch's\ndrift",
+        "step us\ntorch", "step us\nours", "\nratio", "bound\nholds",
+    )  # fmt: skip
+    model = None
+    for row in rows:
+        if row.model != model:
+            model = row.model
+            table.add_section()
+            table.add_row(Text(model, style="bold"))
+        mark = "*" if row.drift_source == train.NUDGED else " "
+        times = [row.times.stats(name).median * 1e6 for name in (train.REFERENCE, train.CANDIDATE)]
+        table.add_row(
+            f"  {row.optimizer}",
+            f"{row.final_loss(train.REFERENCE):.4f}",
+            f"{row.final_loss(train.CANDIDATE):.4f}",
+            f"{row.accuracy[train.REFERENCE]:.2f}",
+            f"{row.accuracy[train.CANDIDATE]:.2f}",
+            f"{row.difference.first_epoch:.1e}",
+            f"{row.difference.whole_run:.1e}",
+            f"{row.drift.whole_run:.1e}{mark}",
+            f"{times[0]:.1f}",
+            f"{times[1]:.1f}",
+            f"{row.times.ratio(train.REFERENCE, train.CANDIDATE).median:.1f}x",
+            "no" if row.failures() else "yes",
+            style="red" if row.failures() else None,
+        )
+    return table
+
+
+def train_legend(rows: Sequence[train.Row]) -> str:
+    """What the columns of the table mean."""
+    legend = (
+        "loss: training loss, mean of the last epoch; acc.: on the test images; ours: fusedopt; "
+        "diff.: largest |torch - ours| / torch of any batch's loss; torch's drift: the same "
+        "between torch's default and its foreach and fused steps; step: median time of "
+        "optimizer.step() in training; ratio: how many times faster ours is."
+    )
+    if any(row.drift_source == train.NUDGED for row in rows):
+        legend += (
+            "\n*: torch's steps are bit for bit the same here, so its drift is that of the default "
+            "step from weights one rounding away."
+        )
+    return legend
+
+
+def train_verdict(rows: Sequence[train.Row]) -> str:
+    """Whether fusedopt trained as torch.optim does, and where it did not."""
+    bound = (
+        f"loss curves within {train.FIRST_EPOCH_BOUND:.0e} relative over the first epoch and "
+        f"afterwards within that or {train.DRIFT_FACTOR:.0f} times torch's own drift; accuracies "
+        f"within {train.ACCURACY_POINTS} points"
+    )
+    failures = [failure for row in rows for failure in row.failures()]
+    if not failures:
+        return f"The bound holds for all {len(rows)} rows: {bound}."
+    return "\n".join([f"The bound does NOT hold ({bound}):", *(f"  {line}" for line in failures)])
+
+
+# ---- the step job ----
+
+
+def step_table(rows: Sequence[step.Row]) -> Table:
+    """The rows of one workload, a column for each provider that was asked for."""
+    workload = rows[0].workload
+    rounds = max((len(times) for row in rows for times in row.race.seconds.values()), default=0)
+    table = make_table(
+        f"{workload.name}: {workload.summary}, {workload.elements:,} elements in all; "
+        f"ms a step, median of {rounds} rounds"
+    )
+    asked = [name for name in PROVIDERS if any(_was_asked(row, name) for row in rows)]
+    for name in asked:
+        title = PROVIDERS[name].title.replace(" ", "\n")
+        add_figures(table, title, style="bold" if name == step.CANDIDATE else None)
+    add_figures(table, "fusedopt\n/ floor", "best torch\n/ fusedopt", "torch fused\n/ fusedopt")
+    for row in rows:
+        task = row.task
+        label = task.optimizer + ("" if task.dtype == "float32" else f" {task.dtype}")
+        times = [
+            milliseconds(row.race.stats(name)) if name in row.race.seconds else ABSENT
+            for name in asked
+        ]
+        ratios = [row.over_floor(), row.speedup_over_best(), row.speedup_over_fused()]
+        table.add_row(label, *times, times_factor(ratios[0], 2), *map(times_factor, ratios[1:]))
+    return table
+
+
+def step_notes(rows: Sequence[step.Row]) -> list[str]:
+    """Why cells are empty, and parameters of fusedopt that did not take its own step."""
+    notes = []
+    for row in rows:
+        notes += [f"{PROVIDERS[name].title}: {why}" for name, why in row.unavailable.items()]
+        routes = row.details.get(step.CANDIDATE, "")
+        if "torch" in routes:
+            notes.append(f"fusedopt, {row.task.optimizer} {row.task.dtype}: tensors by {routes}")
+    return list(dict.fromkeys(notes))
+
+
+STEP_LEGEND = (
+    "fusedopt / floor: 1.00x is memory speed, the time of moving the same bytes without maths; "
+    "torch / fusedopt: how many times faster fusedopt's step is. Ratios are medians over rounds."
+)
+
+
+def step_summary(rows: Sequence[step.Row]) -> str:
+    """One sentence on the optimizer people use most, or on the first that was measured."""
+    names = [row.task.optimizer for row in rows]
+    optimizer = "AdamW" if "AdamW" in names else names[0]
+    parts = []
+    for row in rows:
+        if row.task.optimizer != optimizer or row.task.dtype != rows[0].task.dtype:
+            continue
+        said = []
+        if floor := row.over_floor():
+            said.append(f"{floor.median:.2f}x the floor")
+        against = "torch fused" if row.speedup_over_fused() else "torch's best"
+        if speedup := row.speedup_over_fused() or row.speedup_over_best():
+            said.append(f"{speed(speedup.median)} {against}")
+        if said:
+            parts.append(f"on {row.workload.name} {' and '.join(said)}")
+    return f"fusedopt's {optimizer} step: {'; '.join(parts) or 'nothing to compare it with'}."
+
+
+def speed(ratio: float) -> str:
+    """A ratio of times in words, such as ``7.9x faster than``."""
+    return f"{ratio:.1f}x faster than" if ratio >= 1 else f"{1 / ratio:.1f}x slower than"
+
+
+def milliseconds(stats: Stats) -> str:
+    """Milliseconds of a time in seconds, three digits."""
+    value = stats.median * 1e3
+    return f"{value:.{min(3, max(0, 2 - math.floor(math.log10(value))))}f}"
+
+
+def times_factor(ratio: Stats | None, digits: int = 1) -> str:
+    """A ratio as a table cell."""
+    return f"{ratio.median:.{digits}f}x" if ratio else ABSENT
+
+
+def _was_asked(row: step.Row, name: str) -> bool:
+    return name in row.race.seconds or name in row.unavailable
+
+
+# ---- the result file ----
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content`; values that JSON has no number for (a diverged loss) become null."""
+    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every nan and infinity inside it replaced by None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,334 @@
+"""Breaks the arithmetic, one line at a time, and requires the C++ tests to notice.
+
+A test suite that passes says little unless it fails when the code is wrong. Each mutation is some
+text of one source, which must be there exactly once, and what takes its place; the affected
+torch-free test is compiled from a copy and must fail, naming a case that shows the defect.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CXX = os.environ.get("CXX", "g++")
+# The arithmetic flags of the build; the least optimization, which compiles and runs fastest in sum.
+FLAGS = ["-O1", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+
+# The sources that each test is linked with, besides its own.
+SOURCES = {
+    "rule_test": [],
+    "dtype_test": [],
+    "driver_test": [
+        *("core/registry.cpp", "core/table.cpp", "cpu/driver.cpp", "cpu/tiers.cpp"),
+        *("cpu/tier_generic.cpp", "cpu/tier_avx2.cpp", "cpu/tier_avx512.cpp"),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One defect.
+
+    Attributes:
+        name: What goes wrong.
+        file: Source below csrc that is changed.
+        old: Text in it, found exactly once; runs of white space match any other.
+        new: What takes its place.
+        shows: Pattern of the failure's message: the case that must notice.
+        test: The C++ test that must fail.
+        rebuild: The one source compiled from the copy, where the others need not be.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    shows: str
+    test: str = "rule_test"
+    rebuild: str = ""
+
+
+_DECAY = "if (s.weight_decay != 0) grad = grad + s.weight_decay * param;"
+_BF16_ROUNDING = "+ 0x7fffu + ((bits >> 16) & 1u)"
+# The generic tier alone is broken and rebuilt: the test compares each tier with the scalar path.
+_GENERIC = {"test": "driver_test", "rebuild": "cpu/tier_generic.cpp"}
+_DRIVER = {"test": "driver_test", "rebuild": "cpu/driver.cpp"}
+_TABLE = {"test": "driver_test", "rebuild": "core/table.cpp"}
+
+MUTATIONS = [
+    Mutation("sgd drops decay", "rules/sgd.h", _DECAY, "", r"sgd/plain/\S*decay=0.1"),
+    Mutation("adagrad drops decay", "rules/adagrad.h", _DECAY, "", r"adagrad/plain/\S*decay=0.1"),
+    Mutation("rmsprop drops decay", "rules/rmsprop.h", _DECAY, "", r"rmsprop/plain/\S*decay=0.1"),
+    Mutation("adam drops coupled decay", "rules/adam.h", _DECAY, "", r"adam/plain/\S*decay=0.1"),
+    Mutation(
+        "adamw drops decoupled decay",
+        "rules/adam.h",
+        "param = param * s.decay;",
+        "",
+        r"adamw/plain/\S*decay=0.1",
+    ),
+    Mutation(
+        "adam swaps betas",
+        "rules/adam.h",
+        "double lr, beta1, beta2,",
+        "double lr, beta2, beta1,",
+        r"adam/plain/step=10/",
+    ),
+    Mutation(
+        "adam forgets the first bias correction",
+        "rules/adam.h",
+        "T(h.lr / bias_correction1)",
+        "T(h.lr)",
+        r"adam/plain/step=1/",
+    ),
+    Mutation(
+        "adam forgets the second bias correction",
+        "rules/adam.h",
+        "T(1.0 / sqrt(bias_correction2))",
+        "T(1.0)",
+        r"adam/plain/step=1/",
+    ),
+    Mutation(
+        "adam ignores amsgrad's maximum",
+        "rules/adam.h",
+        "second_moment = max_exp_avg_sq;",
+        "",
+        r"adam/amsgrad/step=2/",
+    ),
+    Mutation(
+        "sgd ignores nesterov",
+        "rules/sgd.h",
+        "grad = grad + s.momentum * buffer;",
+        "grad = buffer;",
+        r"sgd/nesterov/step=1/",
+    ),
+    Mutation(
+        "sgd ignores dampening",
+        "rules/sgd.h",
+        "T(first ? 1.0 : 1.0 - h.dampening)",
+        "T(1.0)",
+        r"sgd/dampening/step=2/",
+    ),
+    Mutation(
+        "sgd dampens the first step",
+        "rules/sgd.h",
+        "T(first ? 1.0 : 1.0 - h.dampening)",
+        "T(1.0 - h.dampening)",
+        r"sgd/dampening/step=1/",
+    ),
+    Mutation(
+        "sgd forgets momentum",
+        "rules/sgd.h",
+        "T(first ? 0.0 : h.momentum)",
+        "T(0.0)",
+        r"sgd/momentum/step=2/",
+    ),
+    Mutation(
+        "adagrad's lr_decay is off by one",
+        "rules/adagrad.h",
+        "(step - 1.0) * h.lr_decay",
+        "step * h.lr_decay",
+        r"adagrad/lr_decay/step=1/",
+    ),
+    Mutation(
+        "adagrad ignores lr_decay",
+        "rules/adagrad.h",
+        "(1.0 + (step - 1.0) * h.lr_decay)",
+        "1.0",
+        r"adagrad/lr_decay/step=2/",
+    ),
+    Mutation(
+        "rmsprop ignores centered",
+        "rules/rmsprop.h",
+        "variance = square_avg - grad_avg * grad_avg;",
+        "",
+        r"rmsprop/centered/step=1/",
+    ),
+    Mutation(
+        "rmsprop ignores momentum",
+        "rules/rmsprop.h",
+        "buffer = s.momentum * buffer + grad / root;",
+        "buffer = grad / root;",
+        r"rmsprop/momentum/step=2/",
+    ),
+    Mutation(
+        "adam forgets eps",
+        "rules/adam.h",
+        "* s.inv_sqrt_bias_correction2 + s.eps;",
+        "* s.inv_sqrt_bias_correction2;",
+        r"adam/eps/step=1/",
+    ),
+    Mutation(
+        "bf16 rounds ties away from zero",
+        "core/dtype.h",
+        _BF16_ROUNDING,
+        "+ 0x8000u",
+        "bfloat16: rounding float",
+        "dtype_test",
+    ),
+    Mutation(
+        "bf16 truncates", "core/dtype.h", _BF16_ROUNDING, "", "bfloat16: rounding", "dtype_test"
+    ),
+    Mutation(
+        "fp16 rounds ties away from zero",
+        "core/dtype.h",
+        "magnitude + 0xfffu + ((magnitude >> 13) & 1u)",
+        "magnitude + 0x1000u",
+        "float16: rounding float",
+        "dtype_test",
+    ),
+    Mutation(
+        "a tier rounds bf16 ties away from zero",
+        "cpu/vec.h",
+        _BF16_ROUNDING,
+        "+ 0x8000u",
+        "conversions: bfloat16 on generic rounds",
+        **_GENERIC,
+    ),
+    Mutation(
+        "a tier skips the tail",
+        "cpu/kernels.h",
+        "if (left > 0) tail(param, grad, state, left, slot);",
+        "",
+        "sizes: sgd variant 0 float32/float32/float32 on generic",
+        **_GENERIC,
+    ),
+    Mutation(
+        "a tier ignores maximize",
+        "cpu/kernels.h",
+        "load(grad) * slot.grad_factor",
+        "load(grad)",
+        "sizes: sgd variant 0 float32/float32/float32 on generic",
+        **_GENERIC,
+    ),
+    Mutation(
+        "the driver reads one scalar slot for all rows",
+        "cpu/driver.cpp",
+        "table.slots.data() + row.slot * table.slot_size",
+        "table.slots.data()",
+        "sizes: sgd variant 0 float32/float32/float32",
+        **_DRIVER,
+    ),
+    Mutation(
+        "the driver does not write a strided parameter back",
+        "cpu/driver.cpp",
+        "copy_array<false>(row.param, param, storage.param, layout, 0, begin, count);",
+        "",
+        "layouts: sgd variant 0 float32/float32/float32 on generic",
+        **_DRIVER,
+    ),
+    Mutation(
+        "the driver skips chunks",
+        "cpu/driver.cpp",
+        "table.chunks[c - before]",
+        "table.chunks[(c - before) / 2]",
+        "chunks of 1000: adamw variant 0 bfloat16/bfloat16/bfloat16 on generic",
+        **_DRIVER,
+    ),
+    Mutation(
+        "a cut loses an element",
+        "core/table.cpp",
+        "begin += count;",
+        "begin += count + 1;",
+        "chunks of 1024: pieces leave a gap",
+        **_TABLE,
+    ),
+]
+
+
+def mutate(text: str, mutation: Mutation) -> str:
+    """The text with the mutation in it.
+
+    Raises:
+        AssertionError: The text to replace is not there exactly once.
+    """
+    pattern = r"\s+".join(re.escape(word) for word in mutation.old.split())
+    found = len(re.findall(pattern, text))
+    assert found == 1, (
+        f"csrc/{mutation.file} has {mutation.old!r} {found} times, wanted once: "
+        "bring this mutation up to date"
+    )
+    return re.sub(pattern, lambda _: mutation.new, text)
+
+
+def compile_cpp(arguments: list[str | Path], tree: Path) -> None:
+    """Runs the compiler on sources that see `tree`'s headers."""
+    command = [CXX, *FLAGS, "-I", tree / "csrc", "-I", tree / "tests/cpp", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{command}: {result.stderr}"
+
+
+def run(binary: Path, golden: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([binary, golden], capture_output=True, text=True, check=False)
+
+
+class Workshop:
+    """The unmutated tests: sources copied and objects compiled once, for all mutations."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tree = folder / "tree"
+        self.objects = folder / "objects"
+        self.objects.mkdir()
+        copy_tree(self.tree)
+        self.golden = folder / "golden.txt"
+        subprocess.run(
+            [sys.executable, ROOT / "tests/oracle.py", "--write", self.golden], check=True
+        )
+
+    def object(self, source: Path) -> Path:
+        """The object of an unmutated source."""
+        path = self.objects / f"{source.stem}.o"
+        if not path.exists():
+            compile_cpp(["-c", source, "-o", path], self.tree)
+        return path
+
+    def build(self, test: str, binary: Path, tree: Path | None = None, rebuild: str = "") -> None:
+        """Links a test; `rebuild`, or the test's own source, is compiled from `tree`."""
+        own = Path("tests/cpp") / f"{test}.cpp"
+        sources = [own, *(Path("csrc") / source for source in SOURCES[test])]
+        fresh = Path("csrc") / rebuild if rebuild else own
+        inputs = [
+            tree / source if tree and source == fresh else self.object(self.tree / source)
+            for source in sources
+        ]
+        compile_cpp([*inputs, "-pthread", "-o", binary], tree or self.tree)
+
+
+def copy_tree(target: Path) -> None:
+    shutil.copytree(ROOT / "csrc", target / "csrc")
+    shutil.copytree(ROOT / "tests/cpp", target / "tests/cpp")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    if shutil.which(CXX) is None:
+        pytest.skip(f"no C++ compiler {CXX!r}; set CXX")
+    return Workshop(tmp_path_factory.mktemp("mutations"))
+
+
+@pytest.mark.parametrize("test", SOURCES)
+def test_unmutated_passes(workshop: Workshop, tmp_path: Path, test: str) -> None:
+    workshop.build(test, tmp_path / test)
+    result = run(tmp_path / test, workshop.golden)
+    assert result.returncode == 0, result.stderr
+    assert re.search(rf"{test}: [1-9]\d* checks, 0 failures", result.stderr)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_mutation_fails(workshop: Workshop, tmp_path: Path, mutation: Mutation) -> None:
+    copy_tree(tmp_path)
+    source = tmp_path / "csrc" / mutation.file
+    source.write_text(mutate(source.read_text(), mutation))
+    binary = tmp_path / mutation.test
+    workshop.build(mutation.test, binary, tmp_path, mutation.rebuild)
+    result = run(binary, workshop.golden)
+    assert result.returncode == 1, f"{mutation.name} went unnoticed: {result.stderr}"
+    assert re.search(mutation.shows, result.stderr), result.stderr
