@@ -23,6 +23,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "tier": fusedopt.cpu_tier(),
+        "load_average": os.getloadavg()[0],
         "memory_bytes": _meminfo("MemTotal"),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # a file is wanted, wherever this runs
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
 from . import train
 
@@ -40,18 +40,33 @@ def save_loss_curves(rows: Sequence[train.Row], path: Path) -> None:
     )
     for axes, model in zip(panels[0], models, strict=True):
         _draw_panel(axes, model, [row for row in rows if row.model == model])
-    panels[0][0].set_ylabel("training loss (mean of the epoch, log scale)")
+    scale = "mean of the epoch" if _by_epoch(rows[0]) else "each batch"
+    panels[0][0].set_ylabel(f"training loss ({scale}, log scale)")
     worst = max(row.difference.whole_run for row in rows)
+    title = "Handwritten digits: fusedopt's loss curves lie on torch.optim's"
+    if any(row.failures() for row in rows):
+        title = "Handwritten digits: fusedopt's curves that differ from torch.optim's are dashed"
     figure.suptitle(
-        "Handwritten digits, same seed and batches: fusedopt's loss curves lie on torch.optim's\n"
-        f"(largest relative difference of any batch: {worst:.1e})"
-        if not any(row.failures() for row in rows)
-        else "Handwritten digits, same seed and batches: curves that differ are drawn dashed",
-        fontsize=12,
+        f"{title}\n(same seed and batches; largest relative difference of a batch: {worst:.1e})",
+        fontsize=11,
     )
     figure.tight_layout()
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
+
+
+def _by_epoch(row: train.Row) -> bool:
+    """Whether there are epochs enough to draw their means instead of every batch."""
+    return len(row.epoch_losses(train.REFERENCE)) >= 5
+
+
+def _curve(row: train.Row, run: str) -> tuple[list[float], list[float]]:
+    """Epochs, as a fraction where batches are drawn, and losses of one run."""
+    if _by_epoch(row):
+        losses = row.epoch_losses(run)
+        return [float(epoch) for epoch in range(1, len(losses) + 1)], losses
+    losses = row.curves[run]
+    return [(batch + 1) / row.batches_per_epoch for batch in range(len(losses))], losses
 
 
 def _draw_panel(axes: Axes, model: str, rows: Sequence[train.Row]) -> None:
@@ -62,17 +77,17 @@ def _draw_panel(axes: Axes, model: str, rows: Sequence[train.Row]) -> None:
     ]
     for row in rows:
         light, dark = COLOURS.get(row.optimizer, OTHER_COLOURS)
-        reference, candidate = (row.epoch_losses(run) for run in (train.REFERENCE, train.CANDIDATE))
-        epochs = range(1, len(reference) + 1)
-        marker = "o" if len(reference) == 1 else None
-        axes.plot(epochs, reference, color=light, linewidth=7, solid_capstyle="round")
+        reference, candidate = _curve(row, train.REFERENCE), _curve(row, train.CANDIDATE)
+        axes.plot(*reference, color=light, linewidth=7, solid_capstyle="round")
         style = "--" if row.failures() else "-"
-        axes.plot(epochs, candidate, style, color=dark, linewidth=1.2, marker=marker)
+        axes.plot(*candidate, style, color=dark, linewidth=1.2)
         accuracy = row.accuracy[train.CANDIDATE]
         label = f"{row.optimizer} ({accuracy:.1f}% right on test images)"
         handles.append(Line2D([], [], color=dark, linewidth=4, label=label))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=_by_epoch(rows[0]), steps=[1, 2, 5, 10]))
     axes.set_xlabel("epoch")
     axes.set_title(train.MODEL_TITLES[model], fontsize=11)
     axes.grid(True, which="major", color="#e6e6e6", linewidth=0.8)

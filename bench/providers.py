@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 import fusedopt
-from fusedopt import _C
+from fusedopt._extension import _C
 
 from . import optimizers
 

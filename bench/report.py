@@ -53,6 +53,13 @@ def print_machine(console: Console, machine: dict[str, Any]) -> None:
         f"{machine['cpu']}, {machine['threads']} threads of {machine['cores']} cores",
         soft_wrap=True,
     )
+    if machine["load_average"] > machine["cores"] / 2:
+        console.print(
+            f"Other programs keep this machine busy (load average {machine['load_average']:.1f}): "
+            "times will be too long and ratios unsteady.",
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 # ---- the digits job ----
@@ -151,10 +158,15 @@ def step_table(rows: Sequence[step.Row]) -> Table:
 
 
 def step_notes(rows: Sequence[step.Row]) -> list[str]:
-    """Why cells are empty, and parameters of fusedopt that did not take its own step."""
+    """Why cells are empty or rounds few, and parameters that did not take fusedopt's own step."""
     notes = []
     for row in rows:
         notes += [f"{PROVIDERS[name].title}: {why}" for name, why in row.unavailable.items()]
+        notes += [
+            f"{row.workload.name}: {PROVIDERS[name].title} is slow and was timed in fewer rounds"
+            for name, times in row.race.seconds.items()
+            if row.race.stats(name).rounds < len(times)
+        ]
         routes = row.details.get(step.CANDIDATE, "")
         if "torch" in routes:
             notes.append(f"fusedopt, {row.task.optimizer} {row.task.dtype}: tensors by {routes}")

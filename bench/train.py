@@ -54,8 +54,8 @@ class Digits:
     @staticmethod
     def load() -> Digits:
         """Reads the images from scikit-learn's wheel and splits them, stratified, seed 0."""
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
         images, classes = load_digits(return_X_y=True)
         images = (images / 16).astype("float32")

@@ -92,6 +92,12 @@ def why_state_torch(param: Tensor, states: list[Tensor]) -> str:
     return ""
 
 
+def repeated_params(optimizer: FusedOptimizer) -> set[int]:
+    """The ids of parameters that are listed more than once, which torch steps as often."""
+    counts = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    return {key for key, count in counts.items() if count > 1}
+
+
 def check_loaded_state(optimizer: FusedOptimizer) -> None:
     """Raises ValueError, naming the parameter, for a state of a wrong shape or a missing one."""
     number = -1
@@ -150,14 +156,13 @@ class Packed:
         optimizer = self.optimizer
         rows: list[tuple[int, Tensor, bool]] = []
         idle: list[Tensor] = []
-        seen: set[int] = set()
+        repeated = repeated_params(optimizer)
         for number, group in enumerate(optimizer.param_groups):
             names = optimizer._state_names(group)
             for index, param in enumerate(group["params"]):
                 reason = why_torch(group, param)
-                if id(param) in seen:
+                if id(param) in repeated:
                     reason = reason or _SHARED_MEMORY
-                seen.add(id(param))
                 if not reason and param.grad is None and not self._has_state(param, names):
                     idle.append(param)
                     continue
@@ -303,7 +308,7 @@ def torch_step(
 
 def routes(optimizer: FusedOptimizer) -> Iterator[Route]:
     """Where each parameter would be updated now. Creates no state."""
-    seen: set[int] = set()
+    repeated = repeated_params(optimizer)
     entries = []
     for number, group in enumerate(optimizer.param_groups):
         names = optimizer._state_names(group)
@@ -311,9 +316,8 @@ def routes(optimizer: FusedOptimizer) -> Iterator[Route]:
             state = optimizer.state.get(param) or {}
             states = [state[name] for name in names if state.get(name) is not None]
             reason = why_torch(group, param) or (
-                _SHARED_MEMORY if id(param) in seen else why_state_torch(param, states)
+                _SHARED_MEMORY if id(param) in repeated else why_state_torch(param, states)
             )
-            seen.add(id(param))
             entries.append((number, index, param, states, reason))
     fused = [entry for entry in entries if not entry[4]]
     shared = {id(fused[i][2]) for i in _C.overlapping([[e[2], *e[3]] for e in fused])}

@@ -139,7 +139,8 @@ def test_a_store_may_overflow_only_beyond_the_largest_number() -> None:
     old, infinity = np.array([1e4]), np.array([np.inf])
     tolerances.assert_state_close(infinity, np.array([65520.0]), old, "float16", "adagrad", "sum")
     tolerances.assert_state_close(infinity, np.array([1e9]), old, "float16", "adagrad", "sum")
-    for wanted in (65400.0, -1e9):
+    tolerances.assert_state_close(infinity, infinity, infinity, "float16", "adagrad", "sum")
+    for wanted in (65400.0, -1e9, -np.inf):
         with pytest.raises(AssertionError):
             tolerances.assert_state_close(
                 infinity, np.array([wanted]), old, "float16", "adagrad", "sum"

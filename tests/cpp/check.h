@@ -10,9 +10,8 @@ inline long failures = 0;
 
 constexpr long kMostPrinted = 200;
 
-inline void record(bool good, const char* file, int line, const char* what,
-                   const std::string& message) {
-  if (good || ++failures > kMostPrinted) return;
+inline void fail(const char* file, int line, const char* what, const std::string& message) {
+  if (++failures > kMostPrinted) return;
   std::fprintf(stderr, "%s:%d: CHECK(%s) failed: %s\n", file, line, what, message.c_str());
 }
 
@@ -25,7 +24,7 @@ inline int finish(const char* name, long checked) {
 }  // namespace check
 
 // The message is built only for a failure: exhaustive tests check millions of values.
-#define CHECK(condition, message)                                                    \
-  do {                                                                               \
-    if (!(condition)) check::record(false, __FILE__, __LINE__, #condition, message); \
+#define CHECK(condition, message)                                           \
+  do {                                                                      \
+    if (!(condition)) check::fail(__FILE__, __LINE__, #condition, message); \
   } while (false)
