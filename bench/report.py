@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -33,11 +33,16 @@ def make_console() -> Console:
     return console
 
 
-def make_table(title: str) -> Table:
-    """An empty table with a title and a first column for the optimizer's name."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+def make_table() -> Table:
+    """An empty table with a first column for the optimizer's name."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("optimizer", vertical="bottom", no_wrap=True)
     return table
+
+
+def titled(title: str, table: Table) -> Group:
+    """A table under its title, which may be wider than the table."""
+    return Group(Text(title, style="bold"), table)
 
 
 def add_figures(table: Table, *headers: str, style: str | None = None) -> None:
@@ -65,9 +70,9 @@ def print_machine(console: Console, machine: dict[str, Any]) -> None:
 # ---- the digits job ----
 
 
-def train_table(rows: Sequence[train.Row]) -> Table:
+def train_table(rows: Sequence[train.Row]) -> Group:
     """The rows of the digits job, a section for each network."""
-    table = make_table("Handwritten digits: torch.optim (default step) and fusedopt side by side")
+    table = make_table()
     add_figures(
         table,
         "loss\ntorch", "loss\nours", "acc. %\ntorch", "acc. %\nours",
@@ -97,7 +102,8 @@ def train_table(rows: Sequence[train.Row]) -> Table:
             "no" if row.failures() else "yes",
             style="red" if row.failures() else None,
         )
-    return table
+    title = "Handwritten digits: torch.optim (default step) and fusedopt (ours) side by side"
+    return titled(title, table)
 
 
 def train_legend(rows: Sequence[train.Row]) -> str:
@@ -132,14 +138,11 @@ def train_verdict(rows: Sequence[train.Row]) -> str:
 # ---- the step job ----
 
 
-def step_table(rows: Sequence[step.Row]) -> Table:
+def step_table(rows: Sequence[step.Row]) -> Group:
     """The rows of one workload, a column for each provider that was asked for."""
     workload = rows[0].workload
     rounds = max((len(times) for row in rows for times in row.race.seconds.values()), default=0)
-    table = make_table(
-        f"{workload.name}: {workload.summary}, {workload.elements:,} elements in all; "
-        f"ms a step, median of {rounds} rounds"
-    )
+    table = make_table()
     asked = [name for name in PROVIDERS if any(_was_asked(row, name) for row in rows)]
     for name in asked:
         title = PROVIDERS[name].title.replace(" ", "\n")
@@ -154,22 +157,26 @@ def step_table(rows: Sequence[step.Row]) -> Table:
         ]
         ratios = [row.over_floor(), row.speedup_over_best(), row.speedup_over_fused()]
         table.add_row(label, *times, times_factor(ratios[0], 2), *map(times_factor, ratios[1:]))
-    return table
+    size = f"{workload.elements:,} elements in all"
+    title = f"{workload.name}: {workload.summary}, {size}; ms a step, median of {rounds} rounds"
+    return titled(title, table)
 
 
 def step_notes(rows: Sequence[step.Row]) -> list[str]:
     """Why cells are empty or rounds few, and parameters that did not take fusedopt's own step."""
-    notes = []
+    notes: list[str] = []
+    slow: dict[str, dict[str, None]] = {}  # by provider, the workloads, in order
     for row in rows:
         notes += [f"{PROVIDERS[name].title}: {why}" for name, why in row.unavailable.items()]
-        notes += [
-            f"{row.workload.name}: {PROVIDERS[name].title} is slow and was timed in fewer rounds"
-            for name, times in row.race.seconds.items()
-            if row.race.stats(name).rounds < len(times)
-        ]
+        for name, times in row.race.seconds.items():
+            if row.race.stats(name).rounds < len(times):
+                slow.setdefault(PROVIDERS[name].title, {})[row.workload.name] = None
         routes = row.details.get(step.CANDIDATE, "")
         if "torch" in routes:
             notes.append(f"fusedopt, {row.task.optimizer} {row.task.dtype}: tensors by {routes}")
+    if slow:
+        listed = "; ".join(f"{title} on {', '.join(where)}" for title, where in slow.items())
+        notes.append(f"slow, so timed in fewer rounds: {listed}")
     return list(dict.fromkeys(notes))
 
 
@@ -200,6 +207,8 @@ def step_summary(rows: Sequence[step.Row]) -> str:
 
 def speed(ratio: float) -> str:
     """A ratio of times in words, such as ``7.9x faster than``."""
+    if 0.95 < ratio < 1.05:
+        return "as fast as"
     return f"{ratio:.1f}x faster than" if ratio >= 1 else f"{1 / ratio:.1f}x slower than"
 
 

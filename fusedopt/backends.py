@@ -64,6 +64,14 @@ def check_backend(name: str) -> str:
     return name
 
 
+def backend_for(device_type: str) -> str | None:
+    """The first backend of the table that is available and serves the device; None without one."""
+    for backend in BACKENDS.values():
+        if device_type in backend.device_types and not backend.missing():
+            return backend.name
+    return None
+
+
 def cpu_tiers() -> list[str]:
     """The CPU instruction tiers this machine can run, slowest first.
 

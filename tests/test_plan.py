@@ -100,7 +100,7 @@ def test_a_state_of_another_dtype_is_seen():
 
 
 def test_a_state_dtype_no_kernel_has_is_torchs_to_judge():
-    pair = Pair()
+    pair = Pair("Adam")
     pair.step(2)
     for key in ("exp_avg", "exp_avg_sq"):
         state = pair.ours.state[pair.params[0][0]]

@@ -1,0 +1,147 @@
+"""Choosing a backend and an instruction tier, the doctor, and the symbols of the tiers."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import fusedopt
+import pytest
+import torch
+from fusedopt.backends import BACKENDS, check_backend
+from harness import make_params, set_grads
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"backend='gpu' is not a backend; use one of 'auto', "):
+        fusedopt.SGD(make_params(), backend="gpu")
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if BACKENDS[name].missing()])
+def test_missing_backend_says_why(name):
+    with pytest.raises(RuntimeError, match=f"backend='{name}' is not available: .*; use backend"):
+        fusedopt.AdamW(make_params(), backend=name)
+    assert check_backend("auto") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("param", "reason"),
+    [
+        (torch.zeros(3, device="meta"), "on device meta"),
+        (torch.zeros(3).expand(4, 3), "share one memory location"),
+    ],
+)
+def test_named_backend_refuses_a_parameter_it_cannot_take(param, reason):
+    good = make_params([(3,)])
+    with pytest.raises(ValueError, match=rf"backend='cpu' cannot update parameter 1 .*{reason}"):
+        fusedopt.SGD([*good, param], backend="cpu")
+    optimizer = fusedopt.SGD(good, backend="cpu")
+    with pytest.raises(ValueError, match=reason):
+        optimizer.add_param_group({"params": [param]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_named_backend_refuses_differentiable():
+    with pytest.raises(ValueError, match="differentiable=True; use backend='auto'"):
+        fusedopt.SGD(make_params(), differentiable=True, backend="cpu")
+
+
+def test_named_backend_refuses_a_sparse_gradient_and_changes_nothing():
+    params = make_params([(4, 3), (5,)])
+    optimizer = fusedopt.Adagrad(params, backend="cpu")
+    set_grads(params, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    params[0].grad = params[0].grad.to_sparse()
+    with pytest.raises(ValueError, match="its gradient is sparse; use backend='auto'"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert [int(optimizer.state[p]["step"]) for p in params] == [1, 1]
+
+
+def python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={"PATH": "", **env}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("tier", fusedopt.cpu_tiers())
+def test_environment_forces_a_tier(tier):
+    result = python("import fusedopt; print(fusedopt.cpu_tier())", FUSEDOPT_CPU_TIER=tier)
+    assert result.stdout.strip() == tier, result.stderr
+
+
+def test_environment_naming_no_tier():
+    code = (
+        "import torch, fusedopt\n"
+        "p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)\n"
+        "optimizer = fusedopt.AdamW([p])\n"
+        "try:\n    optimizer.step()\n"
+        "except RuntimeError as error:\n    print(error)\n"
+        "print(p.tolist(), len(optimizer.state), p._version)\n"
+    )
+    result = python(code, FUSEDOPT_CPU_TIER="sse9")
+    message, after = result.stdout.strip().splitlines()
+    assert "FUSEDOPT_CPU_TIER='sse9' is not a CPU instruction tier this machine can run" in message
+    assert "generic" in message
+    assert after == "[1.0, 1.0] 0 0", "an error must change nothing"
+
+
+def test_selecting_a_tier_that_is_not_there():
+    before = fusedopt.cpu_tier()
+    with pytest.raises(RuntimeError, match="tier='mmx' is not a CPU instruction tier"):
+        fusedopt._C.select_tier("mmx")
+    assert fusedopt.cpu_tier() == before
+
+
+def test_thread_count_of_torch_is_obeyed():
+    """One OpenMP runtime, torch's: with one torch thread, the step starts no other."""
+    code = (
+        "import os, torch, fusedopt\n"
+        "def threads(): return len(os.listdir('/proc/self/task'))\n"
+        "p = torch.nn.Parameter(torch.ones(4_000_000)); p.grad = torch.ones(4_000_000)\n"
+        "optimizer = fusedopt.AdamW([p])\n"
+        "torch.set_num_threads(1); optimizer.step()\n"
+        "before = threads(); optimizer.step(); alone = threads() - before\n"
+        "torch.set_num_threads(3); optimizer.step(); three = threads() - before\n"
+        "maps = open('/proc/self/maps').read().splitlines()\n"
+        "print(alone, three, len({line.split()[-1] for line in maps if 'libgomp' in line}))\n"
+    )
+    result = python(code)
+    assert result.stdout.split() == ["0", "2", "1"], result.stdout + result.stderr
+
+
+def test_the_doctor_explains():
+    result = python("import runpy; runpy.run_module('fusedopt', run_name='__main__')")
+    assert result.returncode == 0, result.stderr
+    for expected in (
+        fusedopt.__version__,
+        torch.__version__,
+        f"{fusedopt.cpu_tier()} (in use)",
+        "no CUDA kernels",
+        "no Triton kernels",
+        "FUSEDOPT_CPU_TIER",
+    ):
+        assert expected in result.stdout
+
+
+def test_tiers_share_no_symbol(tmp_path):
+    """A weak symbol in two tiers' objects would be merged by the linker: wrong code on old CPUs."""
+    csrc = Path(__file__).parent.parent / "csrc"
+    owners = Counter()
+    for tier in ("generic", "avx2", "avx512"):
+        target = tmp_path / f"{tier}.o"
+        flags = "-O3 -std=c++20 -fno-math-errno -fno-trapping-math -ffp-contract=off".split()
+        subprocess.run(
+            ["g++", *flags, "-I", csrc, "-c", csrc / f"cpu/tier_{tier}.cpp", "-o", target],
+            check=True,
+        )
+        listing = subprocess.run(["nm", target], check=True, capture_output=True, text=True).stdout
+        defined = [line.split()[-2:] for line in listing.splitlines() if len(line.split()) == 3]
+        assert defined
+        owners.update(name for kind, name in defined if kind in "WVuTDBRi")
+        code = subprocess.run(["objdump", "-d", target], capture_output=True, text=True).stdout
+        assert "vfmadd" not in code
+        assert "vfmsub" not in code
+    assert owners
+    assert {name for name, count in owners.items() if count > 1} == set()
