@@ -19,8 +19,7 @@ at::Tensor tensor_or_undefined(const py::object& object) {
 // The states a param group's flags ask for, in the order of torch's state_dict but for `step`.
 std::vector<std::string> state_names(const std::string& rule_name, const py::dict& group) {
   const RuleInfo& rule = find_rule(rule_name);
-  const StateNames names =
-      rule.states(rule.variant(GroupReader(rule).read(group).hyper));
+  const StateNames names = rule.states(rule.variant(GroupReader(rule).read(group).hyper));
   return {names.names, names.names + names.count};
 }
 
@@ -96,9 +95,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("rows"));
 
   // Whether a profiler or observer would see a range recorded now.
-  m.def("profiled", [] {
-    return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value();
-  });
+  m.def("profiled",
+        [] { return at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE).has_value(); });
   m.def("built_tiers", [] {
     std::vector<std::string> names;
     for (const Tier& tier : built_tiers()) names.emplace_back(tier.name);

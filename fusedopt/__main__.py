@@ -1,4 +1,4 @@
-"""The doctor: ``python -m fusedopt`` says what was built, what is used for which device, and why."""
+"""The doctor: ``python -m fusedopt`` says what was built, what each device gets, and why."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ if _release(_build_info.TORCH_VERSION) != _release(torch.__version__):
     )
 
 try:
-    from fusedopt import _C
+    import fusedopt._C as _C
 except ImportError as error:
     raise ImportError(f"fusedopt's extension cannot be loaded ({error}); {_REMEDY}") from error
 

@@ -20,7 +20,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad, rule="adagrad"):
     State: ``step`` and ``sum``, the latter in the parameter's dtype.
 
     Args:
-        params: Parameters, named parameters or dicts of param groups; any shape, floating or complex.
+        params: Parameters, named parameters or param groups; of any shape, floating or complex.
         lr: Learning rate, a number or a tensor of one element (default: 1e-2).
         lr_decay: Decay of the learning rate a step (default: 0).
         weight_decay: L2 penalty, added to the gradient (default: 0).

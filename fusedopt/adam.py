@@ -21,7 +21,7 @@ class Adam(FusedOptimizer, torch.optim.Adam, rule="adam"):
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` and, with amsgrad, ``max_exp_avg_sq``.
 
     Args:
-        params: Parameters, named parameters or dicts of param groups; any shape, floating or complex.
+        params: Parameters, named parameters or param groups; of any shape, floating or complex.
         lr: Learning rate, a number or a tensor of one element (default: 1e-3).
         betas: Decay of the mean and of the mean square a step (default: (0.9, 0.999)).
         eps: Added to the root, after bias correction (default: 1e-8).

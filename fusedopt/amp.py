@@ -23,7 +23,7 @@ def overflowed(optimizer: FusedOptimizer) -> bool:
 
 
 def unscale_(optimizer: FusedOptimizer) -> None:
-    """Divides the gradients by ``grad_scale``; as after torch's fused step, ``.grad`` keeps that."""
+    """Divides the gradients by ``grad_scale``, for good, as torch's fused step does."""
     grad_scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     if grad_scale is None:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     ``class SGD(FusedOptimizer, torch.optim.SGD, rule="sgd")``. Everything but `step` is torch's:
     constructor, validation, errors, hooks, ``state_dict``, ``add_param_group``.
 
-    Parameters that kernels cannot update (sparse gradients, ``differentiable=True``, devices without
-    a backend, tensor subclasses) are stepped by torch.optim's own code, one by one, as `routes`
-    lists; a named ``backend`` raises instead.
+    Parameters that kernels cannot update (sparse gradients, ``differentiable=True``, devices
+    without a backend, tensor subclasses) are stepped by torch.optim's own code, one by one, as
+    `routes` lists; a named ``backend`` raises instead.
 
     Args:
         *args, **kwargs: As the torch.optim class of the same name.
@@ -101,11 +101,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @functools.wraps(_step)
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        # torch wraps every step in its hooks and a profiler range. That costs as much as walking some
-        # hundred tensors, so it is done only where someone listens - and not around a user's override
-        # of this method, which torch has wrapped already.
+    def step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - `_step` has it
+        # torch wraps every step in its hooks and a profiler range. That costs as much as walking
+        # some hundred tensors, so it is done only where someone listens - and not around a user's
+        # override of this method, which torch has wrapped already.
         if type(self).step is FusedOptimizer.step and (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -152,6 +158,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return list(routes(self))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; a parameter that a named backend cannot update raises and adds nothing."""
         super().add_param_group(param_group)
         if self.backend == "auto":
             return
@@ -169,7 +176,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes a pickled or loaded state; a state that does not fit leaves everything as it was."""
+        """Takes a pickled or loaded state; one that does not fit leaves everything as it was."""
         before = self.__dict__.copy()
         try:
             super().__setstate__(state)

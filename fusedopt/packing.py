@@ -128,8 +128,9 @@ def check_loaded_state(optimizer: FusedOptimizer) -> None:
 class Packed:
     """A plan with its torch-stepped remainder, for one optimizer.
 
-    Building creates the state of parameters that have a gradient for the first time, as torch's lazy
-    initialisation does; `undo` removes it again if the step fails before it has changed anything.
+    Building creates the state of parameters that have a gradient for the first time, as torch's
+    lazy initialisation does; `undo` removes it again if the step fails before it has changed
+    anything.
 
     Raises:
         ValueError: the optimizer's backend is named and cannot update some parameter.
@@ -180,11 +181,11 @@ class Packed:
         return [self.optimizer.state[param][name] for name in names]
 
     def _has_state(self, param: Tensor, names: list[str]) -> bool:
-        state = self.optimizer.state.get(param)
+        state = self.optimizer.state.get(param) or {}
         wanted = [*names, "step"] if self.optimizer._has_step else names
         if not wanted:
             return True
-        return bool(state) and all(state.get(name) is not None for name in wanted)
+        return all(state.get(name) is not None for name in wanted)
 
     def _create_state(self, group: Group, param: Tensor, names: list[str]) -> bool:
         """Creates what is missing, as torch does; returns whether anything was."""
@@ -242,7 +243,8 @@ class Packed:
         counts = Counter(reason for *_, reason in self.torch_params)
         total = sum(len(group["params"]) for group in self.optimizer.param_groups)
         logger.warning(
-            "fusedopt.%s: torch.optim steps %d of %d parameters: %s. optimizer.routes() lists them.",
+            "fusedopt.%s: torch.optim steps %d of %d parameters: %s. "
+            "optimizer.routes() lists them.",
             type(self.optimizer).__name__,
             len(self.torch_params),
             total,

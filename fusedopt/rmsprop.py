@@ -22,7 +22,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop, rule="rmsprop"):
     State: ``step``, ``square_avg``, ``momentum_buffer`` with momentum, ``grad_avg`` when centered.
 
     Args:
-        params: Parameters, named parameters or dicts of param groups; any shape, floating or complex.
+        params: Parameters, named parameters or param groups; of any shape, floating or complex.
         lr: Learning rate, a number or a tensor of one element (default: 1e-2).
         alpha: Decay of the running averages a step (default: 0.99).
         eps: Added to the root (default: 1e-8).

@@ -19,7 +19,7 @@ class SGD(FusedOptimizer, torch.optim.SGD, rule="sgd"):
     State: ``momentum_buffer`` with momentum, in the parameter's dtype.
 
     Args:
-        params: Parameters, named parameters or dicts of param groups; any shape, floating or complex.
+        params: Parameters, named parameters or param groups; of any shape, floating or complex.
         lr: Learning rate, a number or a tensor of one element (default: 1e-3).
         momentum: Decay of the momentum buffer a step, 0 for none (default: 0).
         dampening: Share of the gradient kept out of the buffer after the first step (default: 0).

@@ -5,11 +5,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import fusedopt
 import pytest
 import torch
-from fusedopt.backends import BACKENDS, check_backend
 from harness import make_params, set_grads
+
+import fusedopt
+from fusedopt.backends import BACKENDS, check_backend
 
 
 def test_unknown_backend():
@@ -98,10 +99,11 @@ def test_thread_count_of_torch_is_obeyed():
     """One OpenMP runtime, torch's: with one torch thread, the step starts no other."""
     code = (
         "import os, torch, fusedopt\n"
+        "torch.set_num_threads(1)\n"  # before the tensors, which torch fills with all it has
         "def threads(): return len(os.listdir('/proc/self/task'))\n"
         "p = torch.nn.Parameter(torch.ones(4_000_000)); p.grad = torch.ones(4_000_000)\n"
         "optimizer = fusedopt.AdamW([p])\n"
-        "torch.set_num_threads(1); optimizer.step()\n"
+        "optimizer.step()\n"
         "before = threads(); optimizer.step(); alone = threads() - before\n"
         "torch.set_num_threads(3); optimizer.step(); three = threads() - before\n"
         "maps = open('/proc/self/maps').read().splitlines()\n"
@@ -131,7 +133,7 @@ def test_tiers_share_no_symbol(tmp_path):
     owners = Counter()
     for tier in ("generic", "avx2", "avx512"):
         target = tmp_path / f"{tier}.o"
-        flags = "-O3 -std=c++20 -fno-math-errno -fno-trapping-math -ffp-contract=off".split()
+        flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
         subprocess.run(
             ["g++", *flags, "-I", csrc, "-c", csrc / f"cpu/tier_{tier}.cpp", "-o", target],
             check=True,

@@ -6,7 +6,6 @@ import io
 import logging
 import pickle
 
-import fusedopt
 import pytest
 import torch
 from cases import CASES, case_samples
@@ -15,6 +14,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+
+import fusedopt
 
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -391,7 +392,9 @@ def test_grad_scaler_with_fused_is_torchs(case):
                 loss = loss * float("inf")
             scaler.scale(loss).backward()
             before = [p.detach().clone() for p in params]
-            steps = [optimizer.state[p]["step"].clone() for p in params if "step" in optimizer.state[p]]
+            steps = [
+                optimizer.state[p]["step"].clone() for p in params if "step" in optimizer.state[p]
+            ]
             scaler.step(optimizer)
             if step in (0, 3):
                 assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))

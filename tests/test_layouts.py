@@ -1,10 +1,11 @@
-"""Every memory layout a parameter or gradient can have, against the same values laid out plainly."""
+"""Every memory layout a parameter or gradient can have, against the same values laid plainly."""
 
-import fusedopt
 import pytest
 import torch
 from cases import CASES
 from harness import DTYPES, make_params
+
+import fusedopt
 
 CASE_IDS = {"ids": lambda case: case.name}
 
@@ -170,7 +171,9 @@ def test_copy_on_write_parameters_are_materialised():
     param.grad = torch.ones(100)
     before = source.clone()
     optimizer.step()
-    assert torch.equal(source, before), "the step wrote into the tensor the parameter was cloned from"
+    assert torch.equal(source, before), (
+        "the step wrote into the tensor the parameter was cloned from"
+    )
     assert torch.equal(param.detach(), before - 1)
 
 

@@ -7,11 +7,12 @@ to both, and they must still agree. A plan that missed it would write through st
 import copy
 import gc
 
-import fusedopt
 import pytest
 import torch
 from cases import CASES, case_samples
 from harness import clone_params, make_params, set_grads, states_of
+
+import fusedopt
 
 
 class Pair:

@@ -8,10 +8,9 @@ namespace fusedopt {
 
 namespace {
 
-// Elements of a row that are gathered at a time: with five arrays of eight bytes, 40 KiB of buffers,
-// inside the first-level cache of current cores.
+// Elements of a row that are gathered at a time: with five arrays of eight bytes, 40 KiB of
+// buffers, inside the first-level cache of current cores.
 constexpr int64_t kGatherBlock = 1024;
-
 
 Span span_of(const Row& row, const StorageTuple& storage, int states, int64_t begin,
              int64_t count) {

@@ -92,8 +92,8 @@ struct Floor {
 template <class Rule, int kVariant>
 FUSEDOPT_INLINE Kernel by_storage(int storage) {
   constexpr Kernel kKernels[] = {
-#define FUSEDOPT_KERNEL(P, G, S)                                                                  \
-  Update<Rule, kVariant, StorageOf<DType::P>::Type, StorageOf<DType::G>::Type,                    \
+#define FUSEDOPT_KERNEL(P, G, S)                                               \
+  Update<Rule, kVariant, StorageOf<DType::P>::Type, StorageOf<DType::G>::Type, \
          StorageOf<DType::S>::Type>::run,
       FUSEDOPT_FOR_EACH_STORAGE(FUSEDOPT_KERNEL)
 #undef FUSEDOPT_KERNEL

@@ -108,7 +108,8 @@ FUSEDOPT_INLINE void store(BF16* to, Vec<float> v) {
 
 #if FUSEDOPT_VECTOR_BYTES == 64
 FUSEDOPT_INLINE Vec<float> load(const F16* from) {
-  return {(Vec<float>::Lanes)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from))};
+  return {
+      (Vec<float>::Lanes)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from))};
 }
 FUSEDOPT_INLINE void store(F16* to, Vec<float> v) {
   _mm256_storeu_si256((__m256i*)to,

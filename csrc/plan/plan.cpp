@@ -143,8 +143,8 @@ void StepPlan::launch() {
 }
 
 void StepPlan::commit(size_t begin, size_t end) {
-  // A version counter is bumped by a locked instruction, which waits for its cache miss and holds up
-  // all that follow. Plain reads first: their misses overlap.
+  // A version counter is bumped by a locked instruction, which waits for its cache miss and holds
+  // up all that follow. Plain reads first: their misses overlap.
   for (size_t r = begin; r < end; ++r) {
     const HostRow& host = rows_[r];
     if (!host.active) continue;

@@ -5,8 +5,8 @@
 // share these. Each step, `refresh` reads everything that may have moved or changed - group values,
 // parameters, gradients, state tensors and step counts - straight from the Python objects, in one
 // walk, and either brings the tables up to date or says why the plan no longer fits, having changed
-// nothing; then the caller builds a new one. `launch` writes: step counts, version counters, and the
-// kernels' results.
+// nothing; then the caller builds a new one. `launch` writes: step counts, version counters, and
+// the kernels' results.
 //
 // The plan keeps Python references to parameters and unpacks them anew each step. It owns no
 // at::Tensor and nothing of a gradient or state, so that swapping, moving or freeing tensors behind
@@ -29,9 +29,9 @@ namespace py = pybind11;
 
 class StepPlan {
  public:
-  // `rows` lists (group index, parameter, fresh) for the parameters that kernels update, in the order
-  // of the groups, each with complete state in `state`; fresh says that the state was created for
-  // the step to come. `idle` lists the parameters that wait for a first gradient. Throws
+  // `rows` lists (group index, parameter, fresh) for the parameters that kernels update, in the
+  // order of the groups, each with complete state in `state`; fresh says that the state was created
+  // for the step to come. `idle` lists the parameters that wait for a first gradient. Throws
   // std::invalid_argument for a row that no kernel fits (the caller asks why_not_fused first).
   StepPlan(const std::string& rule, const py::list& param_groups, const py::dict& state,
            const py::list& rows, const py::list& idle);
@@ -109,8 +109,7 @@ class StepPlan {
   int schema_for(const py::dict& state, const StateNames& names);
   int table_for(StorageTuple storage, int variant);
   uint32_t remember(c10::IntArrayRef dims);
-  bool fits(const c10::TensorImpl& tensor, int8_t type, const HostRow& row,
-            uint32_t strides) const;
+  bool fits(const c10::TensorImpl& tensor, int8_t type, const HostRow& row, uint32_t strides) const;
   const char* refresh_groups(const py::list& param_groups);
   const char* refresh_entries(PyObject* state);
   const char* refresh_rows(size_t begin, size_t end);

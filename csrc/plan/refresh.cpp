@@ -1,10 +1,11 @@
 // What a plan does every step before anything is written: one walk over the Python objects.
 //
-// With thousands of small tensors the step's time is this walk, and the walk's time is cache misses:
-// a parameter with two states hangs from some forty cache lines of dicts, tensors and storages. So
-// rows are checked a block at a time, in passes that each touch one level of these objects for the
-// whole block and ask for the next level, and blocks are spread over torch's thread pool. Workers
-// read Python objects while this thread holds the GIL for them; they change no reference count.
+// With thousands of small tensors the step's time is this walk, and the walk's time is cache
+// misses: a parameter with two states hangs from some forty cache lines of dicts, tensors and
+// storages. So rows are checked a block at a time, in passes that each touch one level of these
+// objects for the whole block and ask for the next level, and blocks are spread over torch's thread
+// pool. Workers read Python objects while this thread holds the GIL for them; they change no
+// reference count.
 #include <ATen/Parallel.h>
 #include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -221,7 +222,8 @@ const char* StepPlan::refresh_row(HostRow& host) {
   if (host.has(kStep)) {
     const c10::TensorImpl& step = *host.states[kStep];
     const auto type = c10::typeMetaToScalarType(step.dtype());
-    if (step.key_set() != plain_keys_ || step.numel() != 1 || (type != at::kFloat && type != at::kDouble)) {
+    if (step.key_set() != plain_keys_ || step.numel() != 1 ||
+        (type != at::kFloat && type != at::kDouble)) {
       return "a step count has another dtype or device";
     }
     copy_on_write = copy_on_write || is_copy_on_write(step);

@@ -47,9 +47,8 @@ std::vector<int64_t> memory_order(const at::Tensor& tensor) {
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (tensor.size(d) > 1) dims.push_back(d);
   }
-  std::stable_sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) {
-    return tensor.stride(a) > tensor.stride(b);
-  });
+  std::stable_sort(dims.begin(), dims.end(),
+                   [&](int64_t a, int64_t b) { return tensor.stride(a) > tensor.stride(b); });
   return dims;
 }
 
@@ -72,7 +71,8 @@ std::string describe_unplain(const at::Tensor& tensor, const std::string& what) 
     return what + " is sparse";
   }
   if (!tensor.is_cpu()) {
-    return what + " is on device " + tensor.device().str() + ", for which this build has no kernels";
+    return what + " is on device " + tensor.device().str() +
+           ", for which this build has no kernels";
   }
   if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) return what + " is a tensor subclass";
   if (tensor.is_inference()) return what + " was created in inference mode";

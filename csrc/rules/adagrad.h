@@ -39,7 +39,7 @@ struct Adagrad {
 
   template <int kVariant, class V>
   FUSEDOPT_HD static void update(V& param, V grad, V* state,
-                                        const Scalars<typename ScalarOf<V>::Type>& s) {
+                                 const Scalars<typename ScalarOf<V>::Type>& s) {
     V& sum = state[0];
     if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
     sum = sum + grad * grad;

@@ -21,9 +21,13 @@
 namespace fusedopt {
 
 struct Adam {
-  static constexpr HyperName kHyperNames[] = {
-      {"lr"},           {"betas", 0}, {"betas", 1},              {"eps"},
-      {"weight_decay"}, {"amsgrad"},  {"decoupled_weight_decay"}};
+  static constexpr HyperName kHyperNames[] = {{"lr"},
+                                              {"betas", 0},
+                                              {"betas", 1},
+                                              {"eps"},
+                                              {"weight_decay"},
+                                              {"amsgrad"},
+                                              {"decoupled_weight_decay"}};
   static constexpr bool kHasStep = true;
 
   struct Hyper {
@@ -35,9 +39,8 @@ struct Adam {
     return (h.amsgrad != 0 ? kAmsgrad : 0) | (h.decoupled_weight_decay != 0 ? kDecoupled : 0);
   }
   static constexpr StateNames states(int variant) {
-    return (variant & kAmsgrad) != 0
-               ? StateNames{3, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}}
-               : StateNames{2, {"exp_avg", "exp_avg_sq"}};
+    return (variant & kAmsgrad) != 0 ? StateNames{3, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}}
+                                     : StateNames{2, {"exp_avg", "exp_avg_sq"}};
   }
 
   template <class T>
@@ -47,10 +50,10 @@ struct Adam {
     T beta2;
     T one_minus_beta2;
     T eps;
-    T step_size;               // lr / (1 - beta1^step)
+    T step_size;                  // lr / (1 - beta1^step)
     T inv_sqrt_bias_correction2;  // 1 / sqrt(1 - beta2^step)
-    T weight_decay;            // coupled
-    T decay;                   // decoupled: 1 - lr * weight_decay
+    T weight_decay;               // coupled
+    T decay;                      // decoupled: 1 - lr * weight_decay
   };
 
   template <class T>
@@ -70,7 +73,7 @@ struct Adam {
 
   template <int kVariant, class V>
   FUSEDOPT_HD static void update(V& param, V grad, V* state,
-                                        const Scalars<typename ScalarOf<V>::Type>& s) {
+                                 const Scalars<typename ScalarOf<V>::Type>& s) {
     V& exp_avg = state[0];
     V& exp_avg_sq = state[1];
     if constexpr ((kVariant & kDecoupled) != 0) {

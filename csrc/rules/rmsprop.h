@@ -56,13 +56,12 @@ struct RmsProp {
 
   template <class T>
   FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double /*step*/, bool /*first*/) {
-    return {T(h.lr),  T(h.alpha),        T(1.0 - h.alpha),
-            T(h.eps), T(h.weight_decay), T(h.momentum)};
+    return {T(h.lr), T(h.alpha), T(1.0 - h.alpha), T(h.eps), T(h.weight_decay), T(h.momentum)};
   }
 
   template <int kVariant, class V>
   FUSEDOPT_HD static void update(V& param, V grad, V* state,
-                                        const Scalars<typename ScalarOf<V>::Type>& s) {
+                                 const Scalars<typename ScalarOf<V>::Type>& s) {
     V& square_avg = state[0];
     if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
     square_avg = s.alpha * square_avg + (s.one_minus_alpha * grad) * grad;

@@ -52,7 +52,7 @@ struct Sgd {
 
   template <int kVariant, class V>
   FUSEDOPT_HD static void update(V& param, V grad, V* state,
-                                        const Scalars<typename ScalarOf<V>::Type>& s) {
+                                 const Scalars<typename ScalarOf<V>::Type>& s) {
     if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
     if constexpr (kVariant != kPlain) {
       V& buffer = state[0];
