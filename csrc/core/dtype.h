@@ -139,8 +139,7 @@ struct Narrow<double> {
   FUSEDOPT_HD static double from(double x) { return x; }
 };
 
-// Round to nearest, ties to even: adding 0x7fff plus the last kept bit carries exactly when it
-// must.
+// Round to nearest, ties to even: adding 0x7fff plus the last kept bit carries exactly when it must.
 template <>
 struct Narrow<BF16> {
   FUSEDOPT_HD static BF16 from(float x) {

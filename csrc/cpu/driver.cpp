@@ -8,8 +8,8 @@ namespace fusedopt {
 
 namespace {
 
-// Elements of a row that are gathered at a time: with five arrays of eight bytes, 40 KiB of
-// buffers, inside the first-level cache of current cores.
+// Elements of a row that are gathered at a time: with five arrays of eight bytes, 40 KiB of buffers,
+// inside the first-level cache of current cores.
 constexpr int64_t kGatherBlock = 1024;
 
 Span span_of(const Row& row, const StorageTuple& storage, int states, int64_t begin,
@@ -95,7 +95,7 @@ void run_strided(const Table& table, const Row& row, const Piece& piece, const v
       copy_array<true>(row.state[k], state[k], storage.state, layout, 2 + k, begin, count);
       span.state[k] = state[k];
     }
-    kernel(span, slot);
+    kernel(span, span, slot);
     copy_array<false>(row.param, param, storage.param, layout, 0, begin, count);
     for (int k = 0; k < table.states; ++k) {
       copy_array<false>(row.state[k], state[k], storage.state, layout, 2 + k, begin, count);
@@ -103,16 +103,19 @@ void run_strided(const Table& table, const Row& row, const Piece& piece, const v
   }
 }
 
-// Asks for the beginnings of a piece's arrays: a kernel prefetches within its row only, so that the
-// first lines of every row would be waited for, and of a tiny row all of them.
-void prefetch_piece(const Table& table, const Piece& piece) {
-  const Row& row = table.rows[piece.row];
-  const Span span = span_of(row, table.storage, table.states, piece.begin, piece.count);
+Span span_of(const Table& table, int64_t piece) {
+  const Piece& at = table.pieces[piece];
+  return span_of(table.rows[at.row], table.storage, table.states, at.begin, at.count);
+}
+
+// Asks for the beginnings of a piece's arrays: all of a tiny row, whose neighbours' kernels are too
+// short to wait for it.
+void prefetch_piece(const Span& span, int states) {
   constexpr int kLines = 4;
   for (int line = 0; line < kLines; ++line) {
     __builtin_prefetch(static_cast<const char*>(span.param) + 64 * line);
     __builtin_prefetch(static_cast<const char*>(span.grad) + 64 * line);
-    for (int k = 0; k < table.states; ++k) {
+    for (int k = 0; k < states; ++k) {
       __builtin_prefetch(static_cast<const char*>(span.state[k]) + 64 * line);
     }
   }
@@ -120,16 +123,17 @@ void prefetch_piece(const Table& table, const Piece& piece) {
 
 void run_chunk(const Table& table, const Chunk& chunk, Kernel kernel) {
   constexpr int64_t kPiecesAhead = 2;
-  for (int64_t p = chunk.first_piece; p < chunk.last_piece; ++p) {
+  const int64_t last = chunk.last_piece - 1;
+  for (int64_t p = chunk.first_piece; p <= last; ++p) {
+    if (p + kPiecesAhead <= last) prefetch_piece(span_of(table, p + kPiecesAhead), table.states);
     const Piece& piece = table.pieces[p];
-    if (p + kPiecesAhead < chunk.last_piece) prefetch_piece(table, table.pieces[p + kPiecesAhead]);
     const Row& row = table.rows[piece.row];
     if (row.grad == nullptr) continue;
     const void* slot = table.slots.data() + row.slot * table.slot_size;
     if (row.layout >= 0) {
       run_strided(table, row, piece, slot, kernel);
     } else {
-      kernel(span_of(row, table.storage, table.states, piece.begin, piece.count), slot);
+      kernel(span_of(table, p), span_of(table, std::min(p + 1, last)), slot);
     }
   }
 }

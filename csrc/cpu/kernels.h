@@ -9,13 +9,16 @@
 namespace fusedopt::FUSEDOPT_TIER {
 namespace {
 
-// Elements between a load and the prefetch for it, into the second-level cache: the step is bound
-// by reads, and this distance measured 5 to 15% faster than the hardware prefetchers alone.
-constexpr int64_t kPrefetchAhead = 256;
+// Bytes between a load and the prefetch for it, into the second-level cache: the step is bound by
+// reads, and this distance measured 5 to 15% faster than the hardware prefetchers alone.
+constexpr int64_t kPrefetchAhead = 1024;
 
-template <class Storage>
-FUSEDOPT_INLINE void prefetch(const Storage* at) {
-  __builtin_prefetch(at + kPrefetchAhead, 0, 2);
+// What to prefetch at an offset into an array: a number, for it may lie beyond any array.
+FUSEDOPT_INLINE uintptr_t ahead_of(const void* array) {
+  return reinterpret_cast<uintptr_t>(array) + kPrefetchAhead;
+}
+FUSEDOPT_INLINE void prefetch(uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
 }
 
 template <class Rule, int kVariant, class P, class G, class S>
@@ -36,24 +39,43 @@ struct Update {
     for (int k = 0; k < kStates; ++k) store(state[k], s[k]);
   }
 
-  static void run(const Span& span, const void* slot_bytes) {
+  static void run(const Span& span, const Span& next, const void* slot_bytes) {
     const SlotType slot = *static_cast<const SlotType*>(slot_bytes);
     auto* param = static_cast<P*>(span.param);
     const auto* grad = static_cast<const G*>(span.grad);
     S* state[kMaxStates];
     for (int k = 0; k < kStates; ++k) state[k] = static_cast<S*>(span.state[k]);
 
-    int64_t left = span.count;
-    for (; left >= V::kLanes; left -= V::kLanes) {
-      prefetch(param);
-      prefetch(grad);
-      for (int k = 0; k < kStates; ++k) prefetch(state[k]);
-      vector(param, grad, state, slot);
-      param += V::kLanes;
-      grad += V::kLanes;
-      for (int k = 0; k < kStates; ++k) state[k] += V::kLanes;
+    // Ahead of the last elements lie the first ones of the next span.
+    constexpr int64_t kAhead = kPrefetchAhead / sizeof(P);
+    const int64_t whole = span.count - span.count % V::kLanes;
+    const int64_t ends[] = {whole > kAhead ? whole - kAhead : 0, whole};
+    uintptr_t param_ahead = ahead_of(param);
+    uintptr_t grad_ahead = ahead_of(grad);
+    uintptr_t state_ahead[kMaxStates];
+    for (int k = 0; k < kStates; ++k) state_ahead[k] = ahead_of(state[k]);
+    int64_t i = 0;
+    for (const int64_t end : ends) {
+      for (; i < end; i += V::kLanes) {
+        prefetch(param_ahead + i * sizeof(P));
+        prefetch(grad_ahead + i * sizeof(G));
+        S* at[kMaxStates];
+        for (int k = 0; k < kStates; ++k) {
+          prefetch(state_ahead[k] + i * sizeof(S));
+          at[k] = state[k] + i;
+        }
+        vector(param + i, grad + i, at, slot);
+      }
+      param_ahead = reinterpret_cast<uintptr_t>(next.param) - i * sizeof(P);
+      grad_ahead = reinterpret_cast<uintptr_t>(next.grad) - i * sizeof(G);
+      for (int k = 0; k < kStates; ++k) {
+        state_ahead[k] = reinterpret_cast<uintptr_t>(next.state[k]) - i * sizeof(S);
+      }
     }
-    if (left > 0) tail(param, grad, state, left, slot);
+    if (i < span.count) {
+      for (int k = 0; k < kStates; ++k) state[k] += i;
+      tail(param + i, grad + i, state, span.count - i, slot);
+    }
   }
 
   // The last, partial vector goes through buffers: the same instructions as the body, hence the

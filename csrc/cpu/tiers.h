@@ -17,8 +17,9 @@ struct Span {
   int64_t count;
 };
 
-// Updates a span; `slot` points to the Slot of the row's rule and compute type.
-using Kernel = void (*)(const Span& span, const void* slot);
+// Updates a span and asks for the beginning of the next; `slot` points to the Slot of the row's
+// rule and compute type.
+using Kernel = void (*)(const Span& span, const Span& next, const void* slot);
 
 // Finds a tier's kernel by rule index (the position in FUSEDOPT_FOR_EACH_RULE), variant and storage
 // index. The traffic floor is found by its number of states: the same loop, without a rule.

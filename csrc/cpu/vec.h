@@ -4,7 +4,8 @@
 // header after switching the compiler to its instruction set. Everything here lives in the tier's
 // namespace: template instantiations of different tiers have different names, so that the linker
 // can never hand one tier's code to another. Arithmetic uses the compiler's vector extension;
-// intrinsics appear only where it has no operator: roots and fp16 conversion.
+// intrinsics appear only where it has no operator (roots, fp16) or
+// where g++ 12 expands one badly (words in and out of the halves of others, on AVX-512).
 #pragma once
 
 #if defined(__x86_64__)
@@ -90,19 +91,41 @@ constexpr int kFloats = Vec<float>::kLanes;
 using Words = Native<uint32_t, kFloats>::Type;
 using HalfWords = Native<uint16_t, kFloats>::Type;
 
+// 16-bit words to the upper halves of 32-bit words, and back.
+#if FUSEDOPT_VECTOR_BYTES == 64
+using Halves = Native<uint16_t, 2 * kFloats>::Type;
+FUSEDOPT_INLINE Words to_upper_halves(HalfWords half) {
+  return (Words)__builtin_shufflevector(half, HalfWords{}, 16, 0, 16, 1, 16, 2, 16, 3, 16, 4, 16, 5,
+                                        16, 6, 16, 7, 16, 8, 16, 9, 16, 10, 16, 11, 16, 12, 16, 13,
+                                        16, 14, 16, 15);
+}
+FUSEDOPT_INLINE HalfWords upper_halves(Words words) {
+  return __builtin_shufflevector((Halves)words, (Halves)words, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19,
+                                 21, 23, 25, 27, 29, 31);
+}
+#else
+FUSEDOPT_INLINE Words to_upper_halves(HalfWords half) {
+  return __builtin_convertvector(half, Words) << 16;
+}
+FUSEDOPT_INLINE HalfWords upper_halves(Words words) {
+  return __builtin_convertvector(words >> 16, HalfWords);
+}
+#endif
+
 FUSEDOPT_INLINE Vec<float> load(const BF16* from) {
   HalfWords half;
   __builtin_memcpy(&half, from, sizeof half);
-  return {(Vec<float>::Lanes)(__builtin_convertvector(half, Words) << 16)};
+  return {(Vec<float>::Lanes)to_upper_halves(half)};
 }
 
-// The rounding of Narrow<BF16>, a vector at a time. Not vcvtneps2bf16: it flushes subnormals.
+// The rounding of Narrow<BF16>, a vector at a time: half a unit is added, and where that made a tie,
+// which leaves zeros below, an odd result steps back. Not vcvtneps2bf16: it flushes subnormals.
 FUSEDOPT_INLINE void store(BF16* to, Vec<float> v) {
   const Words bits = (Words)v.lanes;
-  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Words quiet_nan = (bits >> 16) | 0x40u;
-  const Words result = (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
-  const HalfWords half = __builtin_convertvector(result, HalfWords);
+  const Words up = bits + 0x8000u;
+  const Words rounded = (up & 0xffffu) == 0 ? up & ~0x10000u : up;
+  const Words quiet_nan = bits | 0x400000u;
+  const HalfWords half = upper_halves(v.lanes != v.lanes ? quiet_nan : rounded);
   __builtin_memcpy(to, &half, sizeof half);
 }
 

@@ -9,9 +9,9 @@
 
 namespace fusedopt {
 
-// Holds a table over rows [parameter, gradient, states...]: `run` reads all of them and writes all
-// but the gradient, moving raw bytes (any dtype) as fp32 and adding. Nothing is walked or checked
-// on the host, so that a step's time over the floor's is all that the maths and the host cost.
+// Holds a table over rows [parameter, gradient, states...]: `run` reads all of them and writes all but
+// the gradient, moving raw bytes (any dtype) as fp32 and adding. Nothing is walked or checked on the
+// host, so that a step's time over the floor's is all that the maths and the host cost.
 class TrafficFloor {
  public:
   // Throws std::invalid_argument unless every row has the same number of contiguous CPU tensors of

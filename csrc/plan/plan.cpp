@@ -29,6 +29,7 @@ StepPlan::StepPlan(const std::string& rule, const py::list& param_groups, const 
   }
   for (Launch& launch : launches_) launch.table.cut(kCpuChunkElements);
 
+  state_dicts_.resize(rows_.size());
   // The order in which `refresh` will meet the rows when it walks the state.
   std::unordered_map<PyObject*, int> row_of;
   for (size_t r = 0; r < rows_.size(); ++r) row_of.emplace(rows_[r].param.ptr(), int(r));
@@ -143,8 +144,8 @@ void StepPlan::launch() {
 }
 
 void StepPlan::commit(size_t begin, size_t end) {
-  // A version counter is bumped by a locked instruction, which waits for its cache miss and holds
-  // up all that follow. Plain reads first: their misses overlap.
+  // A version counter is bumped by a locked instruction, which waits for its cache miss and holds up
+  // all that follow. Plain reads first: their misses overlap.
   for (size_t r = begin; r < end; ++r) {
     const HostRow& host = rows_[r];
     if (!host.active) continue;

@@ -5,8 +5,8 @@
 // share these. Each step, `refresh` reads everything that may have moved or changed - group values,
 // parameters, gradients, state tensors and step counts - straight from the Python objects, in one
 // walk, and either brings the tables up to date or says why the plan no longer fits, having changed
-// nothing; then the caller builds a new one. `launch` writes: step counts, version counters, and
-// the kernels' results.
+// nothing; then the caller builds a new one. `launch` writes: step counts, version counters, and the
+// kernels' results.
 //
 // The plan keeps Python references to parameters and unpacks them anew each step. It owns no
 // at::Tensor and nothing of a gradient or state, so that swapping, moving or freeing tensors behind
@@ -29,9 +29,9 @@ namespace py = pybind11;
 
 class StepPlan {
  public:
-  // `rows` lists (group index, parameter, fresh) for the parameters that kernels update, in the
-  // order of the groups, each with complete state in `state`; fresh says that the state was created
-  // for the step to come. `idle` lists the parameters that wait for a first gradient. Throws
+  // `rows` lists (group index, parameter, fresh) for the parameters that kernels update, in the order
+  // of the groups, each with complete state in `state`; fresh says that the state was created for
+  // the step to come. `idle` lists the parameters that wait for a first gradient. Throws
   // std::invalid_argument for a row that no kernel fits (the caller asks why_not_fused first).
   StepPlan(const std::string& rule, const py::list& param_groups, const py::dict& state,
            const py::list& rows, const py::list& idle);
@@ -64,7 +64,6 @@ class StepPlan {
   // here from `refresh` to `launch` only; between steps these pointers may dangle.
   struct HostRow {
     py::object param;
-    PyObject* state = nullptr;  // its entry of optimizer.state; null when the rule keeps none
     c10::TensorImpl* impl = nullptr;
     const c10::TensorImpl* grad = nullptr;
     c10::TensorImpl* states[kMaxStates + 1] = {};
@@ -113,7 +112,7 @@ class StepPlan {
   const char* refresh_groups(const py::list& param_groups);
   const char* refresh_entries(PyObject* state);
   const char* refresh_rows(size_t begin, size_t end);
-  bool find_state_tensors(const HostRow& host, PyObject** objects) const;
+  static bool find_state_tensors(const Schema& schema, PyObject* state, PyObject** objects);
   const char* refresh_row(HostRow& host);
   void materialize(HostRow& host);
   void assign_slots();
@@ -127,6 +126,7 @@ class StepPlan {
   std::vector<Group> groups_;
   std::vector<Schema> schemas_;
   std::vector<HostRow> rows_;
+  std::vector<PyObject*> state_dicts_;  // a row's entry of optimizer.state; null when it has none
   std::vector<PyObject*> idle_;
   std::vector<StateEntry> entries_;
   std::vector<int64_t> dims_;

@@ -1,11 +1,10 @@
 // What a plan does every step before anything is written: one walk over the Python objects.
 //
-// With thousands of small tensors the step's time is this walk, and the walk's time is cache
-// misses: a parameter with two states hangs from some forty cache lines of dicts, tensors and
-// storages. So rows are checked a block at a time, in passes that each touch one level of these
-// objects for the whole block and ask for the next level, and blocks are spread over torch's thread
-// pool. Workers read Python objects while this thread holds the GIL for them; they change no
-// reference count.
+// With thousands of small tensors the step's time is this walk, and the walk's time is cache misses:
+// a parameter with two states hangs from some forty cache lines of dicts, tensors and storages. So
+// rows are checked a block at a time, in passes that each touch one level of these objects for the
+// whole block and ask for the next level, and blocks are spread over torch's thread pool. Workers
+// read Python objects while this thread holds the GIL for them; they change no reference count.
 #include <ATen/Parallel.h>
 #include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -118,9 +117,7 @@ const char* StepPlan::refresh_entries(PyObject* state) {
   while (PyDict_Next(state, &position, &key, &value) != 0) {
     if (entry == entries_.size() || entries_[entry].key != key) return kStateChanged;
     const int row = entries_[entry++].row;
-    if (row < 0) continue;
-    if (!PyDict_Check(value)) return kStateChanged;
-    rows_[row].state = value;
+    if (row >= 0) state_dicts_[row] = value;
   }
   return entry == entries_.size() ? nullptr : kStateChanged;
 }
@@ -128,19 +125,20 @@ const char* StepPlan::refresh_entries(PyObject* state) {
 const char* StepPlan::refresh_rows(size_t begin, size_t end) {
   for (size_t r = begin; r < end; ++r) {
     prefetch<1>(rows_[r].param.ptr());
-    if (rows_[r].state != nullptr) prefetch<sizeof(PyDictObject)>(rows_[r].state);
+    if (state_dicts_[r] != nullptr) prefetch<sizeof(PyDictObject)>(state_dicts_[r]);
   }
   for (size_t r = begin; r < end; ++r) {
-    if (rows_[r].state != nullptr) {
-      prefetch<128>(reinterpret_cast<PyDictObject*>(rows_[r].state)->ma_keys);
-    }
+    if (state_dicts_[r] == nullptr) continue;
+    if (!PyDict_Check(state_dicts_[r])) return kStateChanged;
+    prefetch<128>(reinterpret_cast<PyDictObject*>(state_dicts_[r])->ma_keys);
   }
   PyObject* objects[kRowBlock][kMaxStates + 1];
   for (size_t r = begin; r < end; ++r) {
     HostRow& host = rows_[r];
     host.impl = THPVariable_Unpack(host.param.ptr()).unsafeGetTensorImpl();
     prefetch_tensor(host.impl);
-    if (host.state != nullptr && !find_state_tensors(host, objects[r - begin])) {
+    if (state_dicts_[r] == nullptr) continue;
+    if (!find_state_tensors(schemas_[host.schema], state_dicts_[r], objects[r - begin])) {
       return kStateChanged;
     }
   }
@@ -176,13 +174,12 @@ const char* StepPlan::refresh_rows(size_t begin, size_t end) {
   return nullptr;
 }
 
-bool StepPlan::find_state_tensors(const HostRow& host, PyObject** objects) const {
-  const Schema& schema = schemas_[host.schema];
+bool StepPlan::find_state_tensors(const Schema& schema, PyObject* state, PyObject** objects) {
   Py_ssize_t position = 0;
   PyObject* name = nullptr;
   PyObject* object = nullptr;
   size_t k = 0;
-  while (PyDict_Next(host.state, &position, &name, &object) != 0) {
+  while (PyDict_Next(state, &position, &name, &object) != 0) {
     if (k == schema.size() || schema[k].name.ptr() != name) return false;
     const int role = schema[k++].role;
     if (role == kIgnored) continue;

@@ -31,8 +31,8 @@ std::string why_not_fused(const at::Tensor& param, const at::Tensor& grad);
 // Why a state tensor does not fit its parameter; empty when it does.
 std::string why_state_unfit(const at::Tensor& param, const at::Tensor& state);
 
-// The walk for arrays [param, grad, states...] that do not all run through memory in one order;
-// none when they do, the parameter without gaps.
+// The walk for arrays [param, grad, states...] that do not all run through memory in one order; none
+// when they do, the parameter without gaps.
 std::optional<Layout> strided_layout(const std::vector<at::Tensor>& arrays);
 
 // The rows (each a list of tensors that a step writes) that share memory with another row.

@@ -4,21 +4,18 @@
 // Triton template) knows tensors and no rule by name. The rules are the only C++ in the project
 // that contains optimizer maths. A rule has four parts:
 //
-//   1. Names. `kHyperNames` lists the hyperparameters in the order of the fields of `Hyper`,
-//   spelled
+//   1. Names. `kHyperNames` lists the hyperparameters in the order of the fields of `Hyper`, spelled
 //      as torch.optim spells them in `param_groups`. `states(variant)` lists the state tensors that
 //      a variant uses, spelled as in `state_dict()`. `kHasStep` says whether torch keeps a `step`.
 //   2. `Hyper`: what the user passed, as doubles (a bool is 0 or 1), one field a name.
 //   3. `prepare<T>(hyper, step, first) -> Scalars<T>`: what depends only on the hyperparameters and
 //      the step count, computed in double and narrowed once to the compute type T. `step` counts
 //      from 1; `first` says that the row's states were created for this very step.
-//   4. `update<kVariant>(V& param, V grad, V* state, const Scalars<T>&)`: one element, or one
-//   vector
+//   4. `update<kVariant>(V& param, V grad, V* state, const Scalars<T>&)`: one element, or one vector
 //      of elements. `kVariant` (from `variant(hyper)`) carries the flags that change the formula;
 //      everything it decides is decided at compile time. Inside: separate multiply and add (no fma:
-//      every compiler, instruction tier and interpreter can reproduce two roundings), no branch
-//      that depends on tensor data, no `pow`. A branch on a scalar is uniform over a row and
-//      allowed.
+//      every compiler, instruction tier and interpreter can reproduce two roundings), no branch that
+//      depends on tensor data, no `pow`. A branch on a scalar is uniform over a row and allowed.
 //
 // Drivers own the rest: loads, stores, conversion between storage and compute type (one rounding,
 // at the store), the sign of `maximize`, tails, layouts, threads.

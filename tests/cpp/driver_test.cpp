@@ -516,8 +516,9 @@ void test_conversions() {
     const Job wide(rule, hyper_of(-1.0, 0.5), {half, half, DType::kF32});
     for (const Tier& tier : tiers_here()) {
       std::vector<uint16_t> rounded(floats.size(), 0x8000);
+      const Span stored{rounded.data(), floats.data(), {}, count};
       tier.kernel(rule.index, narrow.variant(), storage_index(narrow.storage))(
-          {rounded.data(), floats.data(), {}, count}, narrow.table.slots.data());
+          stored, stored, narrow.table.slots.data());
       for (size_t i = 0; i < floats.size(); ++i) {
         ++checked;
         CHECK(bits16::same(bits16::decode(format, rounded[i]), bits16::nearest(format, floats[i])),
@@ -528,8 +529,9 @@ void test_conversions() {
       for (size_t i = 0; i < patterns.size(); ++i) patterns[i] = static_cast<uint16_t>(i);
       std::vector<uint16_t> params(patterns.size(), 0);
       std::vector<float> buffers(patterns.size(), -1.0f);
-      tier.kernel(rule.index, wide.variant(), storage_index(wide.storage))(
-          {params.data(), patterns.data(), {buffers.data()}, 0x10000}, wide.table.slots.data());
+      const Span loaded{params.data(), patterns.data(), {buffers.data()}, 0x10000};
+      tier.kernel(rule.index, wide.variant(), storage_index(wide.storage))(loaded, loaded,
+                                                                           wide.table.slots.data());
       for (size_t i = 0; i < patterns.size(); ++i) {
         ++checked;
         CHECK(bits16::same(buffers[i], bits16::decode(format, patterns[i])),
