@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ class Packed:
     """
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
-        self.optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)
         self.created: list[tuple[Tensor, list[str]]] = []
         self.torch_params: list[tuple[int, int, Tensor, str]] = []
         try:
@@ -152,6 +153,13 @@ class Packed:
         except BaseException:
             self.undo()
             raise
+
+    @property
+    def optimizer(self) -> FusedOptimizer:
+        """The optimizer. It owns this: a cycle would keep a dropped model till a collection."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
 
     def _sort(self) -> tuple[list[tuple[int, Tensor, bool]], list[Tensor]]:
         optimizer = self.optimizer
