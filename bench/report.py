@@ -60,8 +60,8 @@ def print_machine(console: Console, machine: dict[str, Any]) -> None:
     )
     if machine["load_average"] > machine["cores"] / 2:
         console.print(
-            f"Other programs keep this machine busy (load average {machine['load_average']:.1f}): "
-            "times will be too long and ratios unsteady.",
+            f"This machine was busy in the last minute (load average {machine['load_average']:.1f}). "
+            "If other programs still keep it so, times are too long and ratios unsteady.",
             style="yellow",
             soft_wrap=True,
         )
