@@ -60,8 +60,8 @@ def print_machine(console: Console, machine: dict[str, Any]) -> None:
     )
     if machine["load_average"] > machine["cores"] / 2:
         console.print(
-            f"This machine was busy in the last minute (load average {machine['load_average']:.1f}). "
-            "If other programs still keep it so, times are too long and ratios unsteady.",
+            f"The machine has just been busy (load average {machine['load_average']:.1f}): "
+            "if it still is, times are too long and ratios unsteady.",
             style="yellow",
             soft_wrap=True,
         )
