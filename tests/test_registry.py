@@ -4,32 +4,29 @@ What belongs to a rule is the list in CONTRIBUTING.md, "Add a rule". Whoever add
 a sentence, what is still missing.
 """
 
+import ast
+import functools
 import re
 import shutil
 from pathlib import Path
 
 import cases
-import oracle
 import pytest
-import tolerances
 import torch
 
-import fusedopt
 from fusedopt import _C
 
 ROOT = Path(__file__).parent.parent
 LIST = "csrc/rules/all.h"
-# Where the arithmetic lives beside the list; a rule's name belongs there and in tests and docs.
-HEADERS_OF_NO_RULE = {"all", "rule"}
-SHARED_MODULES = {
-    *("__init__", "__main__", "_build_info", "_extension", "amp", "backends", "optimizer"),
-    "packing",
-}
-# What must not know a rule by name, and would have to change with every rule if it did.
-NAMELESS = ("csrc/core", "csrc/cpu", "csrc/plan", "csrc/bindings.cpp", "setup.py", "CMakeLists.txt")
-NAMELESS_PYTHON = tuple(
-    f"fusedopt/{name}.py" for name in sorted(SHARED_MODULES - {"__init__", "_build_info"})
-)
+CASES = "tests/cases.py"
+# Entries of these belong to the oracle that a rule's row names.
+BOUNDS = "tests/tolerances.py"
+ORACLE_TABLES = (("tests/oracle.py", "RULES"), (BOUNDS, "PARAM_ULPS"), (BOUNDS, "STATE_ULPS"))
+SHARED = {"amp", "backends", "optimizer", "packing"}  # modules of no rule
+# What must not know a rule by name, and would have to change with every rule if it did: all sources
+# in these places but a rule's own, whatever folder is added.
+NAMELESS = ("csrc", "fusedopt", "setup.py", "CMakeLists.txt")
+NAMELESS_BUT = ("csrc/rules/", "fusedopt/__init__.py")
 
 
 def listed_rules(root):
@@ -41,151 +38,204 @@ def read(path):
     return path.read_text() if path.is_file() else ""
 
 
-def without_comments(text):
-    """C++ and Python without comments and docstrings, which may give a rule as an example."""
-    text = re.sub(r'"""[\s\S]*?"""', "", text)
-    return re.sub(r"(//|#(?!include|define|if|el|en|pragma|error|undef)).*", "", text)
+@functools.cache
+def code(text, suffix):
+    """A source without its comments and docstrings, which may give a rule as an example."""
+    if suffix in {".py", ".pyi"}:
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = None
+        return ast.unparse(tree)
+    if suffix == ".txt":  # CMake
+        return re.sub("#.*", "", text)
+    # Strings are kept, and what looks like a comment inside them.
+    return re.sub(r'("(?:\\.|[^"\\\n])*")|//.*|/\*[\s\S]*?\*/', r"\1", text)
+
+
+@functools.cache
+def table_keys(text, table):
+    """Keys of the dict, or elements of the list, that a module's source builds under this name."""
+    found = set()
+    for node in ast.parse(text).body:
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            if isinstance(target, ast.Name) and target.id == table:
+                entries = getattr(node.value, "keys", None) or getattr(node.value, "elts", [])
+                found |= {entry.value for entry in entries}
+            elif isinstance(target, ast.Subscript) and ast.unparse(target.value) == table:
+                found.add(target.slice.value)
+    return found
+
+
+@functools.cache
+def case_rows(text):
+    """The rows of tests/cases.py: name, and the oracle it is compared with."""
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    return {c.args[0].value: c.args[3].value for c in calls if ast.unparse(c.func) == "Case"}
 
 
 def missing_pieces(root):
     """What a rule in the list lacks in the source tree at `root`, a sentence each."""
     found = []
+    rows = case_rows(read(root / CASES))
+    package, pages = read(root / "fusedopt/__init__.py"), read(root / "docs/README.md")
+    exported = table_keys(package, "__all__")
     for rule, struct in listed_rules(root):
         header = read(root / f"csrc/rules/{rule}.h")
+        declared = re.search(rf"(struct|using) {struct}\b", header)
         opening = header.partition("#pragma once")[0]
-        is_alias = f"using {struct}" in header  # its formula is another rule's
+        # An alias's formula is another rule's; a missing header is one complaint, not three.
+        formula = not header or f"using {struct}" in header or re.search("(?m)^//   p +=", opening)
+        dated = r"Source: [\s\S]*?\b(19|20)\d\d\b[\s\S]*Variant:"
+        sourced = not header or re.search(dated, opening)
         module = read(root / f"fusedopt/{rule}.py")
         classes = re.findall(rf'^class (\w+)\(.*rule="{rule}"\)', module, re.MULTILINE)
-        exported = f"from fusedopt.{rule} import" in read(root / "fusedopt/__init__.py")
         pieces = {
-            f"csrc/rules/{rule}.h with a struct {struct}": re.search(
-                rf"(struct|using) {struct}\b", header
-            ),
-            f"its formula and source in the opening comment of csrc/rules/{rule}.h": (
-                "Source:" in opening
-                and "Variant:" in opening
-                and (is_alias or re.search(r"^//   p +=", opening, re.MULTILINE))
-            ),
-            f'its #include "rules/{rule}.h" in {LIST}': (
-                f'#include "rules/{rule}.h"' in read(root / LIST)
-            ),
+            f"csrc/rules/{rule}.h with a struct {struct}": declared,
+            f"its formula in the opening comment of csrc/rules/{rule}.h": formula,
+            f"its dated source and variant in the opening comment of csrc/rules/{rule}.h": sourced,
+            f'its #include "rules/{rule}.h" in {LIST}': f'"rules/{rule}.h"' in read(root / LIST),
             f'a class with rule="{rule}" in fusedopt/{rule}.py': classes,
-            "its class in fusedopt/__init__.py": exported,
+            "its class in fusedopt/__init__.py": f"from fusedopt.{rule} import" in package,
+            "its class in __all__ of fusedopt/__init__.py": {*classes} <= exported,
             f"a page docs/rules/{rule}.md": read(root / f"docs/rules/{rule}.md"),
-            "its page in the table of docs/README.md": (
-                f"(rules/{rule}.md)" in read(root / "docs/README.md")
-            ),
-            "a row in tests/cases.py": f'Case("{rule}"'
-            in re.sub(r"Case\(\s+", "Case(", read(root / "tests/cases.py")),
+            "its page in the table of docs/README.md": f"(rules/{rule}.md)" in pages,
+            f"a row in {CASES}": rule in rows,
         }
-        found += [
-            f"The rule {rule!r} lacks {piece}." for piece, there in pieces.items() if not there
-        ]
+        for path, table in ORACLE_TABLES:
+            keys = table_keys(read(root / path), table)
+            pieces[f"its entry in {table} of {path}"] = rows.get(rule, rule) in keys
+        found += [f"The rule {rule!r} lacks {piece}." for piece, has in pieces.items() if not has]
     return found
 
 
 def strays(root):
-    """Files of a rule that is not in the list, and names of rules where none belong."""
-    rules = [rule for rule, _ in listed_rules(root)]
+    """Files and entries of a rule that is not in the list, and names of rules where none belong."""
+    listed = listed_rules(root)
+    rules = [rule for rule, _ in listed]
     found = []
-    for folder, suffix, others in (
-        ("csrc/rules", ".h", HEADERS_OF_NO_RULE),
-        ("fusedopt", ".py", SHARED_MODULES),
-        ("docs/rules", ".md", set()),
-    ):
-        for path in sorted((root / folder).glob(f"*{suffix}")):
-            if path.stem not in {*rules, *others}:
-                found.append(f"{folder}/{path.name} belongs to no rule in {LIST}.")
-    names = re.compile(rf"\b({'|'.join([*rules, *(s for _, s in listed_rules(root))])})\b", re.I)
-    for place in (*NAMELESS, *NAMELESS_PYTHON):
-        path = root / place
-        for file in sorted(path.rglob("*.*")) if path.is_dir() else [path]:
-            named = names.search(without_comments(file.read_text()))
-            if named:
-                found.append(f"{file.relative_to(root)} names the rule {named.group()}.")
+    places = {"csrc/rules/*": {"all", "rule"}, "fusedopt/*.py": SHARED, "docs/rules/*": set()}
+    for pattern, others in places.items():
+        for path in sorted(root.glob(pattern)):
+            if path.stem not in {*rules, *others} and not path.stem.startswith("_"):
+                found.append(f"{path.relative_to(root)} belongs to no rule in {LIST}.")
+    rows = case_rows(read(root / CASES))
+    entries = [(CASES, "rows", rows.keys(), rules)]
+    entries += [(p, t, table_keys(read(root / p), t), rows.values()) for p, t in ORACLE_TABLES]
+    pages = re.findall(r"\(rules/(\w+)\.md\)", read(root / "docs/README.md"))
+    for path, table, has, known in [*entries, ("docs/README.md", "table", pages, rules)]:
+        for name in sorted(set(has) - set(known)):
+            found.append(f"{path} has {name!r} in its {table}, of no rule in {LIST}.")
+    # A word ends at an underscore too: sgd_step names a rule, and so does FUSED_ADAM.
+    names = "|".join(sorted({name for pair in listed for name in pair}))
+    pattern = re.compile(rf"(?<![a-z])({names})(?![a-z])", re.IGNORECASE)
+    own = (*NAMELESS_BUT, *(f"fusedopt/{rule}.py" for rule in rules))
+    for place in map(root.joinpath, NAMELESS):
+        for file in sorted(place.rglob("*.*")) if place.is_dir() else [place]:
+            path = file.relative_to(root).as_posix()
+            if file.suffix not in {".so", ".pyc"} and not path.startswith(own):
+                named = pattern.findall(code(file.read_text(), file.suffix))
+                found += [f"{path} names the rule {name}." for name in named[:1]]
     return found
 
 
-def test_every_rule_is_complete():
-    assert listed_rules(ROOT)
+def test_every_rule_is_complete_and_built():
     assert missing_pieces(ROOT) == []
+    assert list(_C.rules()) == [rule for rule, _ in listed_rules(ROOT)]
+    assert case_rows(read(ROOT / CASES)) == {case.name: case.rule for case in cases.CASES}
 
 
 def test_nothing_else_knows_a_rule_by_name():
     assert strays(ROOT) == []
 
 
-def test_the_build_has_the_list():
-    rules = [rule for rule, _ in listed_rules(ROOT)]
-    assert list(_C.rules()) == rules
-    assert sorted(case.name for case in cases.CASES) == sorted(rules)
-    assert set(oracle.RULES) == set(tolerances.PARAM_ULPS) == set(tolerances.STATE_ULPS)
-    assert set(oracle.RULES) == {case.rule for case in cases.CASES}
-
-
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_names_are_torchs(case):
     rule = _C.rules()[case.name]
     defaults = case.torch_class([torch.nn.Parameter(torch.ones(1))]).defaults
-    assert set(rule["hyper"]) <= {*defaults, "decoupled_weight_decay"}
+    assert set(rule["hyper"]) <= set(defaults)
     assert {name for names in rule["states"] for name in names} == set(case.states)
     assert rule["has_step"] == case.has_step
-    assert case.fused_class in fusedopt.__all__
     assert issubclass(case.fused(), case.torch_class)
 
 
-PLACES = ("csrc", "fusedopt", "docs", "tests", "setup.py", "CMakeLists.txt")
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the sources to break."""
+    root = tmp_path_factory.mktemp("tree")
+    ignore = shutil.ignore_patterns("__pycache__", "cpp", "test_*", "*.so", "*.png")
+    for place in (*NAMELESS, "docs", "tests"):
+        copy = functools.partial(shutil.copytree, ignore=ignore)
+        (copy if (ROOT / place).is_dir() else shutil.copy)(ROOT / place, root / place)
+    return root
 
 
 @pytest.fixture
-def tree(tmp_path):
-    """A copy of the sources to break."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.png")
-    for place in PLACES:
-        if (ROOT / place).is_dir():
-            shutil.copytree(ROOT / place, tmp_path / place, ignore=ignore)
-        else:
-            shutil.copy(ROOT / place, tmp_path / place)
-    return tmp_path
+def write(tree):
+    """Writes a file of the copy, or with no text deletes it, for one test."""
+    before = {}
+
+    def put(path, text):
+        before.setdefault(path, read(tree / path))
+        (tree / path).parent.mkdir(exist_ok=True)
+        (tree / path).write_text(text) if text else (tree / path).unlink()
+
+    yield put
+    for path, text in [*before.items()]:
+        put(path, text)
 
 
 @pytest.mark.parametrize(
     ("path", "old", "new", "sentence"),
     [
         ("csrc/rules/sgd.h", "struct Sgd ", "struct Sga ", "csrc/rules/sgd.h with a struct Sgd"),
-        ("csrc/rules/adam.h", "// Source:", "// Origin:", "opening comment of csrc/rules/adam.h"),
+        ("csrc/rules/sgd.h", "", "", "lacks csrc/rules/sgd.h"),
+        ("docs/rules/adamw.md", "", "", "lacks a page docs/rules/adamw.md"),
+        ("csrc/rules/sgd.h", "//   p =", "//   q =", "its formula in the opening comment of"),
+        ("csrc/rules/sgd.h", "ICML 2013", "ICML", "its dated source and variant in the opening"),
         (LIST, '#include "rules/adagrad.h"', "", '#include "rules/adagrad.h"'),
         ("fusedopt/rmsprop.py", 'rule="rmsprop"', "", 'rule="rmsprop" in fusedopt/rmsprop.py'),
         ("fusedopt/__init__.py", "from fusedopt.adamw", "#", "its class in fusedopt/__init__.py"),
+        ("fusedopt/__init__.py", '    "RMSprop",', "", "in __all__ of fusedopt/__init__.py"),
         ("docs/README.md", "(rules/adam.md)", "", "its page in the table of docs/README.md"),
-        ("tests/cases.py", '"sgd"', '"sgd2"', "a row in tests/cases.py"),
+        (CASES, 'Case("sgd"', 'Case("sgd2"', f"'sgd' lacks a row in {CASES}"),
+        ("tests/oracle.py", '    "sgd": sgd,', "", "'sgd' lacks its entry in RULES of"),
+        (BOUNDS, '"sgd": 5, ', "", "'sgd' lacks its entry in PARAM_ULPS of"),
+        (BOUNDS, 'ULPS["adamw"] =', 'ULPS["adam"] =', "lacks its entry in STATE_U"),
     ],
 )
-def test_a_missing_piece_is_named(tree, path, old, new, sentence):
-    text = (tree / path).read_text()
-    assert old in text
-    (tree / path).write_text(text.replace(old, new))
+def test_a_missing_piece_is_named(tree, write, path, old, new, sentence):
+    assert old in read(tree / path)
+    write(path, read(tree / path).replace(old, new) if old else "")
     (complaint,) = missing_pieces(tree)
     assert sentence in complaint
 
 
-@pytest.mark.parametrize("path", ["csrc/rules/sgd.h", "fusedopt/adagrad.py", "docs/rules/adamw.md"])
-def test_a_missing_file_is_named(tree, path):
-    (tree / path).unlink()
-    assert any(path in complaint for complaint in missing_pieces(tree))
+def test_all_that_an_unlisted_rule_has_is_named(tree, write):
+    write(LIST, read(tree / LIST).replace('RULE("sgd", Sgd)', ""))
+    write("tests/oracle.py", "RULES = {'lion': None}")
+    complaints = "\n".join(strays(tree))
+    for path in ("csrc/rules/sgd.h", "fusedopt/sgd.py", "docs/rules/sgd.md"):
+        assert f"{path} belongs to no rule" in complaints
+    for entry in (f"{CASES} has 'sgd'", "docs/README.md has 'sgd'", "tests/oracle.py has 'lion'"):
+        assert entry in complaints
 
 
 @pytest.mark.parametrize(
     ("path", "text", "sentence"),
     [
-        ("csrc/rules/lion.h", "", "csrc/rules/lion.h belongs to no rule"),
-        ("fusedopt/lion.py", "", "fusedopt/lion.py belongs to no rule"),
-        ("docs/rules/lion.md", "", "docs/rules/lion.md belongs to no rule"),
-        ("csrc/cpu/driver.cpp", "void AdamW();", "csrc/cpu/driver.cpp names the rule AdamW"),
-        ("fusedopt/packing.py", "RULE = 'sgd'", "fusedopt/packing.py names the rule sgd"),
+        ("csrc/rules/lion.h", "x", "csrc/rules/lion.h belongs to no rule in csrc/rules/all.h"),
+        ("fusedopt/lion.py", "x", "fusedopt/lion.py belongs to no rule in csrc/rules/all.h"),
+        ("docs/rules/lion.md", "x", "docs/rules/lion.md belongs to no rule in csrc/rules/all.h"),
+        ("csrc/cpu/driver.cpp", "void AdamW_step();", "csrc/cpu/driver.cpp names the rule AdamW"),
+        ("csrc/core/table.h", '"http://" ADAM', "csrc/core/table.h names the rule ADAM"),
+        ("csrc/gpu/driver.cu", "adamw();", "csrc/gpu/driver.cu names the rule adamw"),
+        ("fusedopt/amp.py", "x = 5 // 2 or 'sgd'", "fusedopt/amp.py names the rule sgd"),
+        ("CMakeLists.txt", "add(adam)  # or sgd", "CMakeLists.txt names the rule adam"),
+        ("csrc/cpu/driver.cpp", "// as AdamW\n/* or\n sgd */ int adamant;", None),
+        ("fusedopt/amp.py", '"""As AdamW."""\n\nx = 1  # or sgd', None),
     ],
 )
-def test_a_stray_is_named(tree, path, text, sentence):
-    (tree / path).write_text(text)
-    (complaint,) = strays(tree)
-    assert sentence in complaint
+def test_a_stray_is_named(tree, write, path, text, sentence):
+    write(path, text)
+    assert strays(tree) == ([f"{sentence}."] if sentence else [])
