@@ -7,7 +7,7 @@ TOOLS := PATH="$(abspath $(VENV)/bin):$$PATH"
 # csrc's folders too: a file added or deleted is a change. So is another torch.
 SOURCES := $(shell find csrc) setup.py pyproject.toml \
   $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py)
-CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp')
+CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SET_UP := $(VENV)/.set-up
 BUILT := $(VENV)/.built
 SANITIZED := build/cpp-sanitize
@@ -67,7 +67,6 @@ $(SET_UP): requirements-dev.txt $(if $(wildcard $(PY)),,| check-python)
 	@touch $@
 
 $(BUILT): $(SET_UP) $(SOURCES)
-	@echo 'Building the CPU part of fusedopt in place (minutes the first time; CUDA kernels are not'
-	@echo 'part of this version)'
+	@echo 'Building fusedopt in place (minutes the first time); CUDA kernels where nvcc and torch allow'
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
 	@touch $@

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -48,8 +49,85 @@ BUILD_INFO = '''"""Written by setup.py: what the extension beside this file was 
 
 TORCH_VERSION = {torch}
 COMPILER = {compiler}
-CUDA: str | None = None  # the toolkit of the CUDA kernels, which this version does not have
+CUDA_TOOLKIT = {toolkit}  # of the CUDA kernels; empty: there are none,
+CUDA_MISSING = {missing}  # because
+CUDA_ARCHITECTURES = {architectures}
 '''
+# What is built without TORCH_CUDA_ARCH_LIST: Ampere, Hopper and both kinds of Blackwell, as far as
+# the toolkit knows them, and PTX of the last for what comes after it.
+ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+# No contraction to fma here either; quotients and roots are correctly rounded by default.
+NVCC_FLAGS = "-O3 -std=c++20 -fmad=false".split()
+
+
+def tell(*command: str) -> str:
+    """What a command prints, "" if there is no such program."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout + done.stderr
+
+
+class Cuda:
+    """Whether the CUDA kernels are built, with which toolkit and for which architectures."""
+
+    def __init__(self) -> None:
+        self.home = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME") or ""
+        if not self.home and (found := shutil.which("nvcc")):
+            # The program on PATH may be a script that calls the real one, which knows where it is.
+            top = re.search(r"TOP=(\S+)", tell(found, "--dryrun", "-c", "x.cu"))
+            self.home = str(Path(top.group(1) if top else found.rpartition("/bin/")[0]).resolve())
+        self.nvcc = str(Path(self.home or "/", "bin", "nvcc"))
+        release = re.search(r"release (\d+)\.(\d+)", tell(self.nvcc, "--version"))
+        self.toolkit = ".".join(release.groups()) if release else ""
+        self.missing = self._missing()
+        wanted = os.environ.get("FUSEDOPT_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            sys.exit(
+                f"FUSEDOPT_CUDA={wanted!r} must be 0 (never), 1 (or fail) or unset (if it can)"
+            )
+        # A torch without CUDA can hold the kernels, though not run them: the build can be tried.
+        if wanted == "1" and self.missing and not (self.toolkit and not torch.version.cuda):
+            sys.exit(f"FUSEDOPT_CUDA=1, but the CUDA kernels cannot be built: {self.missing}")
+        if wanted == "0":
+            self.missing = "it was built with FUSEDOPT_CUDA=0"
+        elif wanted == "1":
+            self.missing = ""
+        self.architectures = "" if self.missing else self._architectures()
+
+    def _missing(self) -> str:
+        if not torch.version.cuda:
+            return f"torch {TORCH} has no CUDA"
+        if not self.toolkit:
+            return "there is no nvcc; install CUDA's toolkit or set CUDA_HOME"
+        if self.toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
+            return f"nvcc is of CUDA {self.toolkit}, torch of CUDA {torch.version.cuda}"
+        return ""
+
+    def _architectures(self) -> str:
+        """What torch makes of TORCH_CUDA_ARCH_LIST, in the spelling of its default here."""
+        known = tell(self.nvcc, "--list-gpu-code").split()
+        built = [a for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in known]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", " ".join(built) + "+PTX")
+        flags = " ".join(cpp_extension._get_cuda_arch_flags())
+        codes: dict[str, str] = {}
+        for kind, major, minor in re.findall(r"code=(sm|compute)_(\d+)(\d[af]?)", flags):
+            codes[f"{major}.{minor}"] = "+PTX" if kind == "compute" else ""
+        return " ".join(code + ptx for code, ptx in codes.items())
+
+    def extension_arguments(self) -> dict[str, list]:
+        """What the extension needs beside the CPU part."""
+        if self.missing:
+            return {}
+        cpp_extension.CUDA_HOME = self.home  # which torch leaves unset where it has no CUDA
+        # torch's own runtime library, which is loaded before the extension.
+        libraries = ["cudart"] if torch.version.cuda else ["cudart_static", "rt", "dl"]
+        return {
+            "define_macros": [("FUSEDOPT_WITH_CUDA", None)],
+            "libraries": libraries,
+            "library_dirs": [str(Path(self.home, folder)) for folder in ("lib64", "lib")],
+        }
 
 
 class BuildExtension(cpp_extension.BuildExtension):
@@ -58,20 +136,26 @@ class BuildExtension(cpp_extension.BuildExtension):
     def run(self) -> None:
         """Builds the extension and writes _build_info.py beside it."""
         cxx = cpp_extension.get_cxx_compiler()
-        try:
-            told = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True)
-        except OSError:
+        compiler = tell(*cxx.split(), "--version").partition("\n")[0]
+        if not compiler:
             sys.exit(f"fusedopt needs a C++20 compiler and has no `{cxx}`: install g++ or set CXX")
-        compiler = told.stdout.partition("\n")[0]
-        print(
-            f"fusedopt: building the CPU part for torch {TORCH} with {compiler}; "
-            "CUDA kernels are not part of this version"
+        kernels = (
+            f"CUDA kernels for {cuda.architectures} with CUDA {cuda.toolkit}"
+            if not cuda.missing
+            else f"no CUDA kernels, because {cuda.missing}"
         )
+        print(f"fusedopt: building the CPU part with {compiler} for torch {TORCH}, and {kernels}")
         # An editable install would compile in a temporary folder, and so everything, every time.
         tag = f"{self.plat_name}-{sys.implementation.cache_tag}-torch-{TORCH}"
         self.build_temp = str(ROOT / "build" / f"temp.{tag}")
         super().run()
-        quoted = {"torch": json.dumps(TORCH), "compiler": json.dumps(compiler)}
+        quoted = {
+            "torch": json.dumps(TORCH),
+            "compiler": json.dumps(compiler),
+            "toolkit": json.dumps("" if cuda.missing else cuda.toolkit),
+            "missing": json.dumps(cuda.missing),
+            "architectures": json.dumps(cuda.architectures),
+        }
         for path in self.info_paths():
             path.write_text(BUILD_INFO.format(**quoted), encoding="utf-8")
 
@@ -99,13 +183,16 @@ if not any(Path(folder, "pybind11").is_dir() for folder in cpp_extension.include
 
     include_dirs.append(pybind11.get_include())
 
+cuda = Cuda()
+extra = cuda.extension_arguments()
 extension = cpp_extension.CppExtension(
     "fusedopt._C",
-    csrc("*.cpp"),
-    depends=csrc("*.h"),
+    csrc("*.cpp") + (csrc("*.cu") if extra else []),
+    depends=csrc("*.h") + csrc("*.cuh"),
     include_dirs=include_dirs,
-    extra_compile_args=COMPILE_FLAGS,
+    extra_compile_args={"cxx": COMPILE_FLAGS, "nvcc": NVCC_FLAGS},
     extra_link_args=["-fopenmp"],
+    **extra,
 )
 packages = [*FOLDERS]
 for root, folder in FOLDERS.items():

@@ -156,7 +156,15 @@ def add_train(group: Options) -> None:
 def add_step(group: Options) -> None:
     """Adds the options of the step job."""
     # None, not the names: what is asked for by name and does not fit into memory is an error.
-    add_names(group, "--workloads", "workload", workloads.WORKLOADS, "those that fit into memory")
+    standard = [name for name, workload in workloads.WORKLOADS.items() if workload.standard]
+    default = f"of {', '.join(standard)} those that fit into memory"
+    add_names(group, "--workloads", "workload", workloads.WORKLOADS, default)
+    group.add_argument(
+        "--device",
+        choices=machine.devices(),
+        default="cpu",
+        help="where the tensors are (default: cpu)",
+    )
     add_names(group, "--providers", "provider", PROVIDERS)
     default = "float32, and on huge and many also AdamW in bfloat16"
     add_names(group, "--dtype", "dtype", step.DTYPES, default)
@@ -189,9 +197,13 @@ def check_memory(
     A workload asked for by name that does not fit is an error instead.
     """
     tasks = step.plan_tasks(
-        options.workloads or list(workloads.WORKLOADS), options.optimizers, options.dtype
+        options.workloads
+        or [name for name, workload in workloads.WORKLOADS.items() if workload.standard],
+        options.optimizers,
+        options.dtype,
+        options.device,
     )
-    available = machine.available_memory()
+    available = machine.available_memory(options.device)
     if available is None:
         return tasks, []
     needed = {task: task.memory(options.providers) for task in tasks}

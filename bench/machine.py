@@ -18,7 +18,8 @@ def describe() -> dict[str, Any]:
     """Machine, versions and date of a run, as they stand in the result file."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": "cpu",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -44,8 +45,15 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def available_memory() -> int | None:
+def devices() -> list[str]:
+    """The devices that steps can be timed on, as torch names them."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def available_memory(device: str = "cpu") -> int | None:
     """Bytes of memory that can be had without swapping; None where the system does not say."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0]
     return _meminfo("MemAvailable")
 
 

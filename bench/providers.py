@@ -18,6 +18,7 @@ import torch
 
 import fusedopt
 from fusedopt._extension import _C
+from fusedopt.backends import backend_for
 
 from . import optimizers
 
@@ -43,10 +44,12 @@ class Provider(Protocol):
     name: str
     title: str
 
-    def unavailable(self, optimizer: str, dtype: torch.dtype) -> str:
+    def unavailable(self, optimizer: str, dtype: torch.dtype, device: str) -> str:
         """Why there is no step for `optimizer` on `dtype`; empty when there is one."""
 
-    def build(self, optimizer: str, gradients: Sequence[torch.Tensor]) -> Contestant:
+    def build(
+        self, optimizer: str, gradients: Sequence[torch.Tensor], grouped: bool = False
+    ) -> Contestant:
         """A step of `optimizer` over new parameters that have these gradients."""
 
 
@@ -66,7 +69,9 @@ class OptimizerProvider:
     namespace: Any
     keywords: dict[str, Any] = field(default_factory=dict)
 
-    def unavailable(self, optimizer: str, dtype: torch.dtype = torch.float32) -> str:
+    def unavailable(
+        self, optimizer: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> str:
         """Why there is no step for `optimizer` on `dtype`; empty when one was taken."""
         owner = self.namespace.__name__
         cls = getattr(self.namespace, optimizer, None)
@@ -76,26 +81,29 @@ class OptimizerProvider:
             if keyword not in inspect.signature(cls).parameters:
                 return f"{owner}.{optimizer} has no {keyword} step"
         try:  # the rest only the library knows, such as devices and dtypes
-            self.build(optimizer, [torch.ones(2, dtype=dtype)]).step()
+            self.build(optimizer, [torch.ones(2, dtype=dtype, device=device)]).step()
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             return f"{owner}.{optimizer}: {str(error).splitlines()[0]}"
         return ""
 
     def optimizer(
-        self, optimizer: str, parameters: Sequence[torch.Tensor], **settings: Any
+        self, optimizer: str, parameters: Sequence[Any], **settings: Any
     ) -> torch.optim.Optimizer:
-        """This provider's `optimizer` over `parameters`."""
+        """This provider's `optimizer` over `parameters`, or param groups."""
         made = getattr(self.namespace, optimizer)(parameters, **settings, **self.keywords)
         assert isinstance(made, torch.optim.Optimizer)
         return made
 
-    def build(self, optimizer: str, gradients: Sequence[torch.Tensor]) -> Contestant:
+    def build(
+        self, optimizer: str, gradients: Sequence[torch.Tensor], grouped: bool = False
+    ) -> Contestant:
         """A step of `optimizer` over new parameters that have these gradients."""
         parameters = [torch.nn.Parameter(gradient.clone()) for gradient in gradients]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         settings = optimizers.settings(optimizer).step
-        made = self.optimizer(optimizer, parameters, lr=optimizers.STEP_LR, **settings)
+        groups = [{"params": [parameter]} for parameter in parameters] if grouped else parameters
+        made = self.optimizer(optimizer, groups, lr=optimizers.STEP_LR, **settings)
         return Contestant(made.step, lambda: _describe_routes(made))
 
 
@@ -110,18 +118,24 @@ class FloorProvider:
     name: str = "floor"
     title: str = "traffic floor"
 
-    def unavailable(self, optimizer: str, dtype: torch.dtype = torch.float32) -> str:
-        """Always empty: bytes can be moved for any optimizer and dtype."""
-        return ""
+    def unavailable(
+        self, optimizer: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> str:
+        """Empty where the device has a backend: bytes can be moved for any optimizer and dtype."""
+        return "" if backend_for(device) else f"no backend moves bytes on {device}"
 
-    def build(self, optimizer: str, gradients: Sequence[torch.Tensor]) -> Contestant:
+    def build(
+        self, optimizer: str, gradients: Sequence[torch.Tensor], grouped: bool = False
+    ) -> Contestant:
         """One pass over rows [parameter, gradient, states...] of the optimizer's size."""
         states = optimizers.count_states(optimizer)
         rows = [
             [gradient.clone(), gradient, *(torch.zeros_like(gradient) for _ in range(states))]
             for gradient in gradients
         ]
-        return Contestant(_C.TrafficFloor(rows).run)
+        backend = backend_for(gradients[0].device.type)
+        assert backend is not None
+        return Contestant(_C.TrafficFloor(rows, backend.launcher()).run)
 
 
 def _describe_routes(optimizer: torch.optim.Optimizer) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import optimizers
-from .providers import PROVIDERS
+from .providers import PROVIDERS, Contestant
 from .timing import Race, Stats, run_race
 from .workloads import WORKLOADS, Workload
 
@@ -37,6 +37,7 @@ class Task:
     workload: str
     optimizer: str
     dtype: str = "float32"
+    device: str = "cpu"
 
     def memory(self, providers: Sequence[str]) -> int:
         """Bytes the row needs while it runs, at most."""
@@ -116,20 +117,23 @@ class Row:
         }
 
 
-def plan_tasks(workloads: list[str], names: list[str], dtypes: list[str] | None) -> list[Task]:
+def plan_tasks(
+    workloads: list[str], names: list[str], dtypes: list[str] | None, device: str = "cpu"
+) -> list[Task]:
     """The rows to measure, workload by workload.
 
     Args:
         workloads: names in ``WORKLOADS``.
         names: names of optimizers.
         dtypes: names in ``DTYPES``; None for float32, and AdamW in bfloat16 where bytes decide.
+        device: as torch names it.
     """
     tasks = []
     for workload in workloads:
         for dtype in dtypes or ["float32"]:
-            tasks += [Task(workload, optimizer, dtype) for optimizer in names]
+            tasks += [Task(workload, optimizer, dtype, device) for optimizer in names]
         if dtypes is None and workload in ("huge", "many") and "AdamW" in names:
-            tasks.append(Task(workload, "AdamW", "bfloat16"))
+            tasks.append(Task(workload, "AdamW", "bfloat16", device))
     return tasks
 
 
@@ -154,7 +158,9 @@ def measure(
     for task in tasks:
         if made_for != (task.workload, task.dtype):
             gradients.clear()  # before the next are made: the largest row decides the peak
-            gradients.extend(make_gradients(WORKLOADS[task.workload], DTYPES[task.dtype]))
+            gradients.extend(
+                make_gradients(WORKLOADS[task.workload], DTYPES[task.dtype], task.device)
+            )
             made_for = (task.workload, task.dtype)
         row = Row(task)
         try:
@@ -173,15 +179,18 @@ def race_row(
     rounds: int,
     seconds: float,
     on_round: Callable[[str], None],
+    inspect: Callable[[str, Contestant], None] = lambda name, contestant: None,
 ) -> None:
-    """Builds the contestants of one row, races them and drops them."""
+    """Builds the contestants of one row, races them, lets `inspect` see each and drops them."""
     task, contestants = row.task, {}
     for name in providers:
-        reason = PROVIDERS[name].unavailable(task.optimizer, DTYPES[task.dtype])
+        reason = PROVIDERS[name].unavailable(task.optimizer, DTYPES[task.dtype], task.device)
         if reason:
             row.unavailable[name] = reason
         else:
-            contestants[name] = PROVIDERS[name].build(task.optimizer, gradients)
+            contestants[name] = PROVIDERS[name].build(
+                task.optimizer, gradients, row.workload.grouped
+            )
     if not contestants:
         return
     suffix = "" if task.dtype == "float32" else f" {task.dtype}"
@@ -191,15 +200,18 @@ def race_row(
     for name, contestant in contestants.items():
         if detail := contestant.detail():
             row.details[name] = detail
+        inspect(name, contestant)
     contestants.clear()
     steps.clear()
     gc.collect()  # optimizers hang in reference cycles: their memory would outlive the row
 
 
-def make_gradients(workload: Workload, dtype: torch.dtype) -> list[torch.Tensor]:
+def make_gradients(
+    workload: Workload, dtype: torch.dtype, device: str = "cpu"
+) -> list[torch.Tensor]:
     """Normal random gradients of a standard deviation of 0.01, the same on every run."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     return [
-        torch.empty(shape, dtype=dtype).normal_(0, 0.01, generator=generator)
+        torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.01, generator=generator)
         for shape in workload.shapes
     ]

@@ -1,13 +1,24 @@
 """Named lists of parameter shapes: the work an optimizer step has to do.
 
-=======  ===============================  ========================================================
-name     shapes                           what it shows
-=======  ===============================  ========================================================
-huge     8 of 4Mi elements                memory speed alone
-gpt2     the 148 parameters of GPT-2    a real model: sizes from 768 to 38.6M elements
-many     1,000 of 4,096                   the cost per tensor of a deep or mixture-of-experts model
-tiny     5,000 of 64                      the cost per tensor alone
-=======  ===============================  ========================================================
+==========  ============================  ========================================================
+name        shapes                        what it shows
+==========  ============================  ========================================================
+huge        8 of 4Mi elements             memory speed alone
+gpt2        the 148 parameters of GPT-2   a real model: sizes from 768 to 38.6M elements
+many        1,000 of 4,096                the cost per tensor of a deep or mixture-of-experts model
+tiny        5,000 of 64                   the cost per tensor alone
+==========  ============================  ========================================================
+
+The others are what a GPU's step is judged by; they run where they are asked for by name.
+
+==========  ============================  ========================================================
+billion     8 of 128Mi elements           memory speed alone, far beyond any cache
+hundred     24 of 4Mi elements            the same, of a model that fits beside others
+one         1 of 1Mi elements             one short launch: is the chip full?
+thousand    1,000 of 1,024                launches and table, at the size of norms and biases
+swarm       10,000 of 64                  the cost per tensor alone, more of it
+groups      465 groups of one of 4,096    the cost per param group
+==========  ============================  ========================================================
 """
 
 from __future__ import annotations
@@ -26,11 +37,15 @@ class Workload:
         name: as given to ``--workloads``.
         summary: what it is, in a few words, for table titles.
         shapes: one shape per parameter, in the model's order.
+        grouped: each parameter is a param group of its own.
+        standard: runs where no workload is named.
     """
 
     name: str
     summary: str
     shapes: tuple[Shape, ...]
+    grouped: bool = False
+    standard: bool = True
 
     @property
     def elements(self) -> int:
@@ -66,5 +81,11 @@ WORKLOADS: dict[str, Workload] = {
         Workload("gpt2", "the 148 parameters of GPT-2 124M", gpt2_shapes()),
         Workload("many", "1,000 tensors of 4,096 elements", ((4096,),) * 1000),
         Workload("tiny", "5,000 tensors of 64 elements", ((64,),) * 5000),
+        Workload("billion", "8 tensors of 128Mi elements", ((2**27,),) * 8, standard=False),
+        Workload("hundred", "24 tensors of 4Mi elements", ((2**22,),) * 24, standard=False),
+        Workload("one", "1 tensor of 1Mi elements", ((2**20,),), standard=False),
+        Workload("thousand", "1,000 tensors of 1,024", ((1024,),) * 1000, standard=False),
+        Workload("swarm", "10,000 tensors of 64 elements", ((64,),) * 10_000, standard=False),
+        Workload("groups", "465 groups of a tensor", ((4096,),) * 465, True, standard=False),
     )
 }

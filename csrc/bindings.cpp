@@ -19,7 +19,8 @@ at::Tensor tensor_or_undefined(const py::object& object) {
 // The states a param group's flags ask for, in the order of torch's state_dict but for `step`.
 std::vector<std::string> state_names(const std::string& rule_name, const py::dict& group) {
   const RuleInfo& rule = find_rule(rule_name);
-  const StateNames names = rule.states(rule.variant(GroupReader(rule).read(group).hyper));
+  const GroupValues values = GroupReader(rule).read(group, LiveTensors::kAll);
+  const StateNames names = rule.states(rule.variant(values.hyper));
   return {names.names, names.names + names.count};
 }
 
@@ -49,16 +50,26 @@ bool has_kernel(const at::Tensor& param, const at::Tensor& grad, const at::Tenso
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  py::class_<CapturedTables, std::shared_ptr<CapturedTables>>(m, "CapturedTables")
+      .def(py::init<>())
+      .def("refresh", &CapturedTables::refresh, py::arg("rule"), py::arg("param_groups"));
   py::class_<StepPlan>(m, "StepPlan")
       .def(py::init<const std::string&, const py::list&, const py::dict&, const py::list&,
-                    const py::list&>(),
+                    const py::list&, const py::dict&, std::shared_ptr<CapturedTables>>(),
            py::arg("rule"), py::arg("param_groups"), py::arg("state"), py::arg("rows"),
-           py::arg("idle"))
+           py::arg("idle"), py::arg("launchers"), py::arg("captured"))
       .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"))
-      .def("launch", &StepPlan::launch)
+      .def(
+          "launch",
+          [](StepPlan& plan, const py::object& grad_scale, const py::object& found_inf) {
+            plan.launch({tensor_or_undefined(grad_scale), tensor_or_undefined(found_inf)});
+          },
+          py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none())
+      .def_property_readonly("on_device", &StepPlan::on_device)
       .def("describe", &StepPlan::describe);
   py::class_<TrafficFloor>(m, "TrafficFloor")
-      .def(py::init<const py::list&>(), py::arg("rows"))
+      .def(py::init<const py::list&, const py::object&>(), py::arg("rows"),
+           py::arg("launcher") = py::none())
       .def("run", &TrafficFloor::run);
 
   m.def("rules", &rules);
@@ -93,6 +104,15 @@ PYBIND11_MODULE(_C, m) {
         return overlapping_rows(tensors);
       },
       py::arg("rows"));
+
+  // The CUDA kernels' launcher, None in a build without them.
+  m.def("cuda_launcher", []() -> py::object {
+#if defined(FUSEDOPT_WITH_CUDA)
+    return py::capsule(&cuda::cuda_launcher());
+#else
+    return py::none();
+#endif
+  });
 
   // Whether a profiler or observer would see a range recorded now.
   m.def("profiled",

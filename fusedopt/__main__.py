@@ -27,6 +27,12 @@ def _tiers() -> str:
     return ", ".join(names)
 
 
+def _cuda() -> str:
+    if _build_info.CUDA_MISSING:
+        return f"not built: {_build_info.CUDA_MISSING}"
+    return f"CUDA {_build_info.CUDA_TOOLKIT}, for {_build_info.CUDA_ARCHITECTURES}"
+
+
 def _devices() -> list[str]:
     devices = ["cpu"]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -42,6 +48,7 @@ def report() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} ({sys.executable})"),
         ("torch", f"{torch.__version__}, built for {_build_info.TORCH_VERSION}"),
         ("compiler", _build_info.COMPILER),
+        ("CUDA kernels", _cuda()),
         ("rules", ", ".join(_C.rules())),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads)"),
         ("CPU tiers", _tiers()),
@@ -52,8 +59,8 @@ def report() -> list[tuple[str, str]]:
         finding = f"not available: {reason}; {backend.remedy}" if reason else "available"
         lines.append((f"backend {backend.name}", finding))
     for device in _devices():
-        name = backend_for(device)
-        finding = f"{name} kernels" if name else "torch.optim's own step (no backend serves it)"
+        used = backend_for(device)
+        finding = f"{used.name} kernels" if used else "torch.optim's own step (no backend)"
         lines.append((f"device {device}", finding))
     return lines
 

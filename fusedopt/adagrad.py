@@ -26,13 +26,15 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad, rule="adagrad"):
         weight_decay: L2 penalty, added to the gradient (default: 0).
         initial_accumulator_value: What ``sum`` starts at (default: 0).
         eps: Added to the root (default: 1e-10).
-        foreach, fused: Validated as torch does; they choose no arithmetic here.
+        foreach, fused: Validated as torch does; they choose no arithmetic here. With fused,
+            GradScaler's scale and overflow flag are read by the kernels.
         maximize: Ascends (default: False).
         differentiable: Leaves the step to torch.optim's autograd-aware code (default: False).
         backend: "auto", or the name of a backend that must update every parameter.
+        state_dtype: torch.float32 keeps the states of 16-bit parameters in fp32 (default: None).
 
     Raises:
-        ValueError, RuntimeError: As torch's; and see `FusedOptimizer` for ``backend``.
+        ValueError, RuntimeError: As torch's; and see `FusedOptimizer` for ours.
 
     References:
         Duchi, Hazan, Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
@@ -51,4 +53,5 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad, rule="adagrad"):
     def _initial_state(self, param: Tensor, name: str) -> Tensor:
         value = self.defaults["initial_accumulator_value"]
         start = complex(value, value) if param.is_complex() else value
-        return torch.full_like(param, start, memory_format=torch.preserve_format)
+        dtype = self._dtype_of_states(param)
+        return torch.full_like(param, start, dtype=dtype, memory_format=torch.preserve_format)

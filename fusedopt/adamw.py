@@ -28,13 +28,16 @@ class AdamW(Adam, torch.optim.AdamW, rule="adamw"):
         weight_decay: Decay of the parameter a step, in units of lr (default: 1e-2).
         amsgrad: Divides by the largest mean square so far (default: False).
         maximize: Ascends (default: False).
-        foreach, fused: Validated as torch does; they choose no arithmetic here.
-        capturable: Leaves the step to torch.optim's graph-capturable code (default: False).
+        foreach, fused: Validated as torch does; they choose no arithmetic here. With fused,
+            GradScaler's scale and overflow flag are read by the kernels.
+        capturable: The step can be recorded in a CUDA graph; it counts on the device. On the CPU it
+            is left to torch.optim (default: False).
         differentiable: Leaves the step to torch.optim's autograd-aware code (default: False).
         backend: "auto", or the name of a backend that must update every parameter.
+        state_dtype: torch.float32 keeps the states of 16-bit parameters in fp32 (default: None).
 
     Raises:
-        ValueError, RuntimeError: As torch's; and see `FusedOptimizer` for ``backend``.
+        ValueError, RuntimeError: As torch's; and see `FusedOptimizer` for ours.
 
     References:
         Loshchilov, Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv:1711.05101.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fusedopt._extension import _C
+import torch
+
+from fusedopt._extension import _C, _build_info
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,55 @@ class Backend:
         device_types: The ``torch.device.type`` of the parameters it updates.
         missing: Returns why it cannot be used here, "" when it can.
         remedy: What to do about that.
+        launcher: Returns the capsule through which a plan launches kernels on a device; None for
+            the CPU driver.
     """
 
     name: str
     device_types: tuple[str, ...]
     missing: Callable[[], str]
     remedy: str
+    launcher: Callable[[], object | None] = lambda: None
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels built for these architectures run on a device of this compute capability.
+
+    Machine code runs on later minor versions of its major one, PTX on all later ones; what an "a"
+    marks runs on that very device alone.
+
+    Example:
+        >>> covers("8.0 9.0 12.0+PTX", (8, 6)), covers("8.0 9.0 12.0+PTX", (7, 5))
+        (True, False)
+        >>> covers("9.0+PTX", (10, 3)), covers("9.0a", (9, 0)), covers("10.0a", (10, 3))
+        (True, True, False)
+    """
+    for architecture in architectures.split():
+        number, _, ptx = architecture.partition("+")
+        version = tuple(int(part) for part in number.rstrip("af").split("."))
+        if number.endswith("a"):
+            runs = version == capability
+        else:
+            runs = version <= capability and (bool(ptx) or version[0] == capability[0])
+        if runs:
+            return True
+    return False
+
+
+def _cuda_missing() -> str:
+    if _C.cuda_launcher() is None:
+        return f"this build has no CUDA kernels ({_build_info.CUDA_MISSING})"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not covers(_build_info.CUDA_ARCHITECTURES, capability):
+            version = ".".join(map(str, capability))
+            return (
+                f"device {index} ({torch.cuda.get_device_name(index)}) has compute capability "
+                f"{version}, the kernels were built for {_build_info.CUDA_ARCHITECTURES}"
+            )
+    return ""
 
 
 BACKENDS = {
@@ -32,8 +77,11 @@ BACKENDS = {
         Backend(
             "cuda",
             ("cuda",),
-            lambda: "this version of fusedopt has no CUDA kernels",
-            "use backend='auto': torch.optim steps the parameters on that device",
+            _cuda_missing,
+            "use backend='auto', with which torch.optim steps parameters on such devices, or "
+            "install fusedopt where there are nvcc and a CUDA build of torch, with the device's "
+            "architecture in TORCH_CUDA_ARCH_LIST",
+            _C.cuda_launcher,
         ),
         Backend(
             "triton",
@@ -64,11 +112,11 @@ def check_backend(name: str) -> str:
     return name
 
 
-def backend_for(device_type: str) -> str | None:
+def backend_for(device_type: str) -> Backend | None:
     """The first backend of the table that is available and serves the device; None without one."""
     for backend in BACKENDS.values():
         if device_type in backend.device_types and not backend.missing():
-            return backend.name
+            return backend
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar, overload
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fusedopt import amp
 from fusedopt._extension import _C
-from fusedopt.backends import check_backend
+from fusedopt.backends import BACKENDS, Backend, backend_for, check_backend
 from fusedopt.packing import Packed, Route, check_loaded_state, describe, routes, why_torch
 
 
@@ -32,14 +33,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         *args, **kwargs: As the torch.optim class of the same name.
         backend: "auto" (kernels where they can, torch.optim elsewhere) or the name of a backend
             that must update every parameter.
+        state_dtype: torch.float32 keeps the states of bfloat16 and float16 parameters in fp32, so
+            that small contributions are not rounded away; None has them in the parameter's dtype,
+            as torch.optim does. Other parameters' states are in their own dtype either way.
 
     Raises:
-        ValueError: an unknown backend, or a named one that cannot update some parameter.
+        ValueError: an unknown backend, or a named one that cannot update some parameter; another
+            state_dtype, or one that a parameter which torch.optim must step cannot have.
         RuntimeError: a backend that is not available here.
     """
 
     _rule: ClassVar[str]
     _has_step: ClassVar[bool]
+    _all_state_names: ClassVar[set[str]]
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
 
     def __init_subclass__(cls, rule: str | None = None, **kwargs: Any) -> None:
@@ -48,30 +54,56 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         cls._rule = rule
         cls._has_step = _C.rules()[rule]["has_step"]
+        cls._all_state_names = {name for names in _C.rules()[rule]["states"] for name in names}
         cls._torch_class = next(
             base for base in cls.__mro__ if base.__module__.startswith("torch.optim.")
         )
 
-        def init(self: FusedOptimizer, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
-            FusedOptimizer.__init__(self, *args, backend=backend, **kwargs)
+        def init(self: FusedOptimizer, *args: Any, **kwargs: Any) -> None:
+            FusedOptimizer.__init__(self, *args, **kwargs)
 
         # Programs inspect optimizers ("fused" in signature(AdamW).parameters), so the signature is
         # the installed torch's, with ours after it.
         signature = inspect.signature(cls._torch_class.__init__)
-        ours = inspect.signature(init).parameters["backend"]
+        ours = inspect.signature(FusedOptimizer.__init__, eval_str=True).parameters.values()
+        own = [option for option in ours if option.kind is inspect.Parameter.KEYWORD_ONLY]
         init.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*signature.parameters.values(), ours.replace(annotation=str)]
+            parameters=[*signature.parameters.values(), *own]
         )
         init.__name__ = "__init__"
         init.__qualname__ = f"{cls.__qualname__}.__init__"
         init.__doc__ = cls._torch_class.__init__.__doc__
         cls.__init__ = init  # type: ignore[method-assign]
 
-    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"state_dtype={state_dtype!r} must be None, for states in the parameter's dtype as "
+                "torch.optim has them, or torch.float32, for those of 16-bit parameters"
+            )
         self.backend = check_backend(backend)
-        self._packed: Packed | None = None
-        self._reported_torch = False
+        self.state_dtype = state_dtype
+        self._loading: dict[str, Any] | None = None
+        self._forget()
         super().__init__(*args, **kwargs)
+        for param, state in self.state.items():  # some torch classes create states here
+            for name in self._all_state_names & state.keys():
+                state[name] = state[name].to(self._dtype_of_states(param))
+
+    def _forget(self) -> None:
+        """Starts without a plan and without what plans leave behind."""
+        self._packed: Packed | None = None
+        self._captured = _C.CapturedTables()
+        # By parameter of a rule without step counts: an int32 on the device that is 1 until a step
+        # took place, where GradScaler may have skipped those there were.
+        self._first_flags: dict[Tensor, Tensor] = {}
+        self._reported_torch = False
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
@@ -90,7 +122,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if packed is None or packed.refresh() is not None:
             packed = self._pack()
         try:
-            if packed.rows == 0:  # all torch's, which reads AMP's tensors on their device
+            if packed.rows == 0 or packed.on_device:  # AMP's tensors are read on their device
                 packed.launch()
             elif not amp.overflowed(self):
                 amp.unscale_(self)
@@ -139,8 +171,42 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _state_names(self, group: dict[str, Any]) -> list[str]:
         return _C.state_names(self._rule, group)
 
+    def _dtype_of_states(self, param: Tensor) -> torch.dtype:
+        return self.state_dtype if self.state_dtype and param.itemsize == 2 else param.dtype
+
     def _initial_state(self, param: Tensor, name: str) -> Tensor:
-        return torch.zeros_like(param, memory_format=torch.preserve_format)
+        dtype = self._dtype_of_states(param)
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    def _backend_of(self, param: Tensor) -> Backend | None:
+        """The backend whose kernels may update ``param``, None if its device has none."""
+        if self.backend == "auto":
+            return backend_for(param.device.type)
+        backend = BACKENDS[self.backend]
+        return backend if param.device.type in backend.device_types else None
+
+    def refresh_hyperparameters(self) -> int:
+        """Gives the numbers in ``param_groups`` to the CUDA graphs that captured this step.
+
+        A replay uses the lr, betas and weight decay that it was captured with, unless they are
+        device tensors, which are read at every replay. After a plain number in ``param_groups``
+        changed, call this before the next replay, on the stream of the replays: it waits for
+        nothing. Outside of graphs every step reads ``param_groups`` anyway.
+
+        Returns:
+            The number of captured tables that were refreshed, 0 without a graph.
+
+        Raises:
+            RuntimeError: a flag was changed that replays cannot follow (amsgrad, nesterov, ...).
+
+        Example:
+            >>> import torch, fusedopt
+            >>> optimizer = fusedopt.AdamW([torch.nn.Parameter(torch.ones(3))], lr=1e-3)
+            >>> optimizer.param_groups[0]["lr"] = 5e-4
+            >>> optimizer.refresh_hyperparameters()  # nothing was captured
+            0
+        """
+        return self._captured.refresh(self._rule, self.param_groups)
 
     def routes(self) -> list[Route]:
         """Where each parameter is updated, judged by its present gradient.
@@ -164,7 +230,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         group = self.param_groups[-1]
         for index, param in enumerate(group["params"]):
-            reason = why_torch(group, param)
+            reason = why_torch(group, param, self._backend_of(param))
             if reason:
                 self.param_groups.pop()
                 raise ValueError(
@@ -172,19 +238,66 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "use backend='auto', which leaves it to torch.optim"
                 )
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. State of parameters whose every step GradScaler skipped is left out."""
+        self._settle_first_flags()
+        return super().state_dict()
+
+    def _settle_first_flags(self) -> None:
+        """Asks the device which parameters have taken a step; drops the state of the others."""
+        flags, self._first_flags = self._first_flags, {}
+        for param, flag in flags.items():
+            if flag.item() and param in self.state:
+                for name in self._all_state_names:
+                    self.state[param].pop(name, None)
+                if not self.state[param]:
+                    del self.state[param]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; states take the dtype that ``state_dtype`` declares, without a detour."""
+
+        def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            self._loading = loaded
+
+        # torch's cast goes to the parameter's dtype. Registered last, this sees what a user's hooks
+        # have made of the dict.
+        handle = self.register_load_state_dict_pre_hook(remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def _declared(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A loaded state whose tensors torch has cast, with those in their declared dtype again."""
+        if self.state_dtype is None or self._loading is None:
+            return state
+        old = chain.from_iterable(group["params"] for group in self._loading["param_groups"])
+        new = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, param in zip(old, new, strict=True):
+            loaded = self._loading["state"].get(number, {})
+            for name in self._all_state_names & loaded.keys():
+                if isinstance(loaded[name], Tensor):
+                    dtype = self._dtype_of_states(param)
+                    state["state"][param][name] = loaded[name].to(param.device, dtype)
+        return state
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        self._settle_first_flags()
+        ours = {"backend": self.backend, "state_dtype": self.state_dtype}
+        return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes a pickled or loaded state; one that does not fit leaves everything as it was."""
         before = self.__dict__.copy()
         try:
-            super().__setstate__(state)
+            if "_captured" not in before:  # unpickled or copied
+                self.__dict__.update(backend="auto", state_dtype=None, _loading=None)
+                self._forget()
+            super().__setstate__(self._declared(state))
             check_loaded_state(self)
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
-        self.__dict__.setdefault("backend", "auto")
-        self.__dict__.setdefault("_reported_torch", False)
         self._packed = None

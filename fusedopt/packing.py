@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused, _get_scalar_dtype
 
 from fusedopt._extension import _C
+from fusedopt.backends import Backend
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
@@ -34,6 +35,10 @@ _PLAIN_TORCH_FUNCTIONS = (
     torch._C._disabled_torch_function_impl,
 )
 
+# Group index, parameter, whether its state was created for the step to come, and the flag on the
+# device that says so where only the device knows.
+Row = tuple[int, Tensor, bool, "Tensor | None"]
+
 _SHARED_MEMORY = "its memory or its state's overlaps another parameter's"
 
 
@@ -46,7 +51,7 @@ class Route:
         index: Its index in the group.
         name: Its name, where the group has named parameters.
         shape, dtype, device: The parameter's.
-        backend: "cpu", or "torch" for torch.optim's own step.
+        backend: "cpu", "cuda", or "torch" for torch.optim's own step.
         reason: Why torch steps it, "" when kernels do.
     """
 
@@ -67,11 +72,17 @@ def describe(group: Group, index: int) -> str:
     return f"parameter {index}{name} of shape {tuple(group['params'][index].shape)}"
 
 
-def why_torch(group: Group, param: Tensor) -> str:
-    """Why torch.optim must step ``param``, judged by the group, the parameter and its gradient."""
-    for flag in ("differentiable", "capturable"):
-        if group.get(flag):
-            return f"its group has {flag}=True"
+def why_torch(group: Group, param: Tensor, backend: Backend | None) -> str:
+    """Why torch.optim must step ``param``, judged by the group, the parameter and its gradient.
+
+    ``backend`` is the one that serves the parameter's device, None without one.
+    """
+    if group.get("differentiable"):
+        return "its group has differentiable=True"
+    if backend is None:
+        return f"the parameter is on device {param.device}, for which this build has no kernels"
+    if group.get("capturable") and backend.launcher() is None:
+        return "its group has capturable=True, and a step on the CPU cannot be captured"
     hook = type(param).__torch_function__
     if getattr(hook, "__func__", hook) not in _PLAIN_TORCH_FUNCTIONS:
         return "the parameter is a tensor subclass"
@@ -141,6 +152,7 @@ class Packed:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.created: list[tuple[Tensor, list[str]]] = []
+        self.launchers: dict[str, object] = {}
         self.torch_params: list[tuple[int, int, Tensor, str]] = []
         try:
             rows, idle = self._sort()
@@ -148,7 +160,13 @@ class Packed:
             self._report()
             self.rows = len(rows)
             self.plan = _C.StepPlan(
-                optimizer._rule, optimizer.param_groups, optimizer.state, rows, idle
+                optimizer._rule,
+                optimizer.param_groups,
+                optimizer.state,
+                rows,
+                idle,
+                self.launchers,
+                optimizer._captured,
             )
         except BaseException:
             self.undo()
@@ -161,15 +179,16 @@ class Packed:
         assert optimizer is not None
         return optimizer
 
-    def _sort(self) -> tuple[list[tuple[int, Tensor, bool]], list[Tensor]]:
+    def _sort(self) -> tuple[list[Row], list[Tensor]]:
         optimizer = self.optimizer
-        rows: list[tuple[int, Tensor, bool]] = []
+        rows: list[Row] = []
         idle: list[Tensor] = []
         repeated = repeated_params(optimizer)
         for number, group in enumerate(optimizer.param_groups):
             names = optimizer._state_names(group)
             for index, param in enumerate(group["params"]):
-                reason = why_torch(group, param)
+                backend = optimizer._backend_of(param)
+                reason = why_torch(group, param, backend)
                 if id(param) in repeated:
                     reason = reason or _SHARED_MEMORY
                 if not reason and param.grad is None and not self._has_state(param, names):
@@ -181,8 +200,12 @@ class Packed:
                     reason = why_state_torch(param, self._states(param, names))
                 if reason:
                     self._to_torch(number, index, param, reason)
-                else:
-                    rows.append((number, param, fresh))
+                    continue
+                assert backend is not None
+                launcher = backend.launcher()
+                if launcher is not None:
+                    self.launchers[param.device.type] = launcher
+                rows.append((number, param, fresh, optimizer._first_flags.get(param)))
         return rows, idle
 
     def _states(self, param: Tensor, names: list[str]) -> list[Tensor]:
@@ -207,29 +230,35 @@ class Packed:
                 raise KeyError(missing)
             if group.get("fused"):
                 _device_dtype_check_for_fused(param)
-            dtype = _get_scalar_dtype(is_fused=group.get("fused"))
+            counts_there = group.get("fused") or group.get("capturable")
             self.created.append((param, ["step", *names]))
-            state["step"] = torch.zeros((), dtype=dtype)
+            state["step"] = torch.zeros(
+                (),
+                dtype=_get_scalar_dtype(is_fused=group.get("fused")),
+                device=param.device if counts_there else "cpu",
+            )
         else:
             self.created.append((param, names))
+            if group.get("fused"):  # whether a step took place is known on the device only
+                optimizer._first_flags[param] = torch.ones(
+                    (), dtype=torch.int32, device=param.device
+                )
         for name in names:
             state[name] = optimizer._initial_state(param, name)
         return True
 
-    def _drop_overlapping(
-        self, rows: list[tuple[int, Tensor, bool]]
-    ) -> list[tuple[int, Tensor, bool]]:
+    def _drop_overlapping(self, rows: list[Row]) -> list[Row]:
         """Moves rows that share memory to torch, which steps them one after the other."""
         groups = self.optimizer.param_groups
         written = [
             [param, *self._states(param, self.optimizer._state_names(groups[number]))]
             if self.optimizer._state_names(groups[number])
             else [param]
-            for number, param, _ in rows
+            for number, param, *_ in rows
         ]
         shared = set(_C.overlapping(written))
         for row in sorted(shared):
-            number, param, _ = rows[row]
+            number, param, *_ = rows[row]
             index = next(i for i, p in enumerate(groups[number]["params"]) if p is param)
             self._to_torch(number, index, param, _SHARED_MEMORY)
         return [row for i, row in enumerate(rows) if i not in shared]
@@ -242,6 +271,14 @@ class Packed:
                 f"backend={backend!r} cannot update {describe(group, index)} of param group "
                 f"{number}: {reason}; use backend='auto', which leaves it to torch.optim"
             )
+        if optimizer_dtype := self.optimizer.state_dtype:
+            group = self.optimizer.param_groups[number]
+            if self.optimizer._dtype_of_states(param) != param.dtype:
+                raise ValueError(
+                    f"state_dtype={optimizer_dtype} cannot be had for {describe(group, index)} of "
+                    f"param group {number}, which torch.optim must step: {reason}; leave "
+                    "state_dtype out, or give that parameter an optimizer of its own"
+                )
         self.torch_params.append((number, index, param, reason))
 
     def _report(self) -> None:
@@ -268,22 +305,34 @@ class Packed:
             if number >= len(optimizer.param_groups):
                 return "the parameter groups have other members"
             group = optimizer.param_groups[number]
-            now = why_torch(group, param)
+            now = why_torch(group, param, optimizer._backend_of(param))
             if now != reason and (now or not reason.startswith(("a state", "its states", "no "))):
                 return "a parameter's route changed"
         return self.plan.refresh(optimizer.param_groups, optimizer.state)
 
+    @property
+    def on_device(self) -> bool:
+        """Whether kernels on devices read AMP's tensors, and nothing on the host needs them."""
+        return not self.torch_params and self.plan.on_device
+
     def launch(self) -> None:
         """Performs the step that `refresh` prepared: torch's remainder, then the kernels."""
+        optimizer = self.optimizer
         if self.torch_params:
-            torch_step(self.optimizer, self.torch_params, amp=self.rows == 0)
-        self.plan.launch()
+            torch_step(optimizer, self.torch_params, amp=self.rows == 0)
+        if self.on_device:
+            self.plan.launch(
+                getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+            )
+        else:
+            self.plan.launch()
         self.created.clear()
 
     def undo(self) -> None:
         """Removes the state that was created for a step that did not take place, if one did not."""
         for param, names in self.created:
             state = self.optimizer.state[param]
+            self.optimizer._first_flags.pop(param, None)
             for name in names:
                 state.pop(name, None)
             if not state:
@@ -325,13 +374,15 @@ def routes(optimizer: FusedOptimizer) -> Iterator[Route]:
         for index, param in enumerate(group["params"]):
             state = optimizer.state.get(param) or {}
             states = [state[name] for name in names if state.get(name) is not None]
-            reason = why_torch(group, param) or (
+            backend = optimizer._backend_of(param)
+            reason = why_torch(group, param, backend) or (
                 _SHARED_MEMORY if id(param) in repeated else why_state_torch(param, states)
             )
-            entries.append((number, index, param, states, reason))
+            name = "torch" if reason or backend is None else backend.name
+            entries.append((number, index, param, states, reason, name))
     fused = [entry for entry in entries if not entry[4]]
     shared = {id(fused[i][2]) for i in _C.overlapping([[e[2], *e[3]] for e in fused])}
-    for number, index, param, _, reason in entries:
+    for number, index, param, _, reason, name in entries:
         reason = reason or (_SHARED_MEMORY if id(param) in shared else "")
         param_names = optimizer.param_groups[number].get("param_names")
         yield Route(
@@ -341,6 +392,6 @@ def routes(optimizer: FusedOptimizer) -> Iterator[Route]:
             shape=tuple(param.shape),
             dtype=param.dtype,
             device=param.device,
-            backend="torch" if reason else "cpu",
+            backend="torch" if reason else name,
             reason=reason,
         )

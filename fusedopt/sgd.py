@@ -26,12 +26,14 @@ class SGD(FusedOptimizer, torch.optim.SGD, rule="sgd"):
         weight_decay: L2 penalty, added to the gradient (default: 0).
         nesterov: Looks ahead by one step of momentum (default: False).
         maximize: Ascends (default: False).
-        foreach, fused: Validated as torch does; they choose no arithmetic here.
+        foreach, fused: Validated as torch does; they choose no arithmetic here. With fused,
+            GradScaler's scale and overflow flag are read by the kernels.
         differentiable: Leaves the step to torch.optim's autograd-aware code (default: False).
         backend: "auto", or the name of a backend that must update every parameter.
+        state_dtype: torch.float32 keeps the states of 16-bit parameters in fp32 (default: None).
 
     Raises:
-        ValueError, RuntimeError: As torch's; and see `FusedOptimizer` for ``backend``.
+        ValueError, RuntimeError: As torch's; and see `FusedOptimizer` for ours.
 
     References:
         Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep

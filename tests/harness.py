@@ -21,21 +21,22 @@ def make_params(
     shapes: Iterable[Sequence[int]] = SHAPES,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    device: str = "cpu",
 ) -> list[Tensor]:
-    """Parameters of standard normal values."""
+    """Parameters of standard normal values, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.nn.Parameter(torch.randn(tuple(shape), generator=generator).to(dtype))
+        torch.nn.Parameter(torch.randn(tuple(shape), generator=generator).to(device, dtype))
         for shape in shapes
     ]
 
 
 def set_grads(params: Iterable[Tensor], seed: int, scale: float = 1.0) -> None:
-    """New gradients of normal values, the same for the same seed and shapes."""
+    """New gradients of normal values, the same for the same seed and shapes on every device."""
     generator = torch.Generator().manual_seed(1000 + seed)
     for param in params:
         grad = torch.randn(param.shape, generator=generator).mul_(scale)
-        param.grad = grad.to(param.dtype)
+        param.grad = grad.to(param.device, param.grad_dtype or param.dtype)
 
 
 def clone_params(params: Iterable[Tensor]) -> list[Tensor]:

@@ -10,7 +10,8 @@ import torch
 from harness import make_params, set_grads
 
 import fusedopt
-from fusedopt.backends import BACKENDS, check_backend
+from fusedopt import backends
+from fusedopt.backends import BACKENDS, check_backend, covers
 
 
 def test_unknown_backend():
@@ -23,6 +24,49 @@ def test_missing_backend_says_why(name):
     with pytest.raises(RuntimeError, match=f"backend='{name}' is not available: .*; use backend"):
         fusedopt.AdamW(make_params(), backend=name)
     assert check_backend("auto") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("8.0 9.0", (8, 6), True),
+        ("8.0 9.0", (7, 5), False),
+        ("8.0 9.0", (10, 0), False),
+        ("8.6", (8, 0), False),
+        ("8.0 9.0+PTX", (12, 0), True),
+        ("9.0+PTX", (8, 9), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+        ("10.0f", (10, 3), True),
+    ],
+)
+def test_which_devices_a_build_covers(architectures, capability, runs):
+    assert covers(architectures, capability) is runs
+
+
+def test_every_reason_why_there_is_no_cuda(monkeypatch):
+    """backend="cuda" tells what of build, torch and device is in the way."""
+
+    def reason():
+        with pytest.raises(RuntimeError) as caught:
+            fusedopt.AdamW(make_params(), backend="cuda")
+        return str(caught.value)
+
+    monkeypatch.setattr(backends._C, "cuda_launcher", lambda: None)
+    monkeypatch.setattr(backends._build_info, "CUDA_MISSING", "there is no nvcc")
+    assert "this build has no CUDA kernels (there is no nvcc); use backend='auto'" in reason()
+    monkeypatch.setattr(backends._C, "cuda_launcher", object)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees no CUDA device" in reason()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - 2 * index, 0))
+    monkeypatch.setattr(backends._build_info, "CUDA_ARCHITECTURES", "8.0 9.0+PTX")
+    assert "device 1 (GPU 1) has compute capability 7.0, the kernels were built for" in reason()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    fusedopt.AdamW(make_params(), backend="auto")
+    assert BACKENDS["cuda"].missing() == ""
 
 
 @pytest.mark.parametrize(

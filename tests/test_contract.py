@@ -21,15 +21,16 @@ EACH_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @EACH_CASE
-def test_signature_is_torchs_with_backend_after_it(case):
+def test_signature_is_torchs_with_ours_after_it(case):
     theirs = inspect.signature(case.torch_class).parameters
-    for ours in (inspect.signature(case.fused()), inspect.signature(case.fused().__init__)):
-        parameters = {name: p for name, p in ours.parameters.items() if name != "self"}
-        assert list(parameters) == [*theirs, "backend"]
+    for given in (inspect.signature(case.fused()), inspect.signature(case.fused().__init__)):
+        parameters = {name: p for name, p in given.parameters.items() if name != "self"}
+        ours = ["backend", "state_dtype"]
+        assert list(parameters) == [*theirs, *ours]
         for name, parameter in theirs.items():
             assert parameters[name].kind == parameter.kind
             assert parameters[name].default == parameter.default
-        assert parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+        assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in ours)
     assert list(inspect.signature(case.fused()(make_params()).step).parameters) == ["closure"]
 
 
@@ -155,6 +156,76 @@ def test_pickle_and_deepcopy_go_on_alike(case, copier):
             set_grads(some, 20 + step)
             its.step()
     assert_same((params, optimizer), (twin_params, twin))
+
+
+def save_and_load(case, params, optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twins = clone_params(params)
+    twin = case.fused()(twins, state_dtype=optimizer.state_dtype)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    return twins, twin
+
+
+COPIERS = {
+    "save and load": save_and_load,
+    "pickle": lambda _, *both: pickle.loads(pickle.dumps(both)),
+    "deepcopy": lambda _, *both: copy.deepcopy(both),
+}
+
+
+@EACH_CASE
+@pytest.mark.parametrize("copier", COPIERS)
+def test_state_dtype_goes_on_bitwise(case, copier):
+    kwargs = {"lr": 0.1, "state_dtype": torch.float32}
+    kwargs |= {"momentum": 0.9} if case.name == "sgd" else {}
+    params = make_params(dtype=torch.bfloat16)
+    optimizer = run(case.fused(), params, kwargs)
+    twins, twin = COPIERS[copier](case, params, optimizer)
+    for optimizer_ in (optimizer, twin):
+        states = [v for state in optimizer_.state.values() for v in state.values()]
+        assert states
+        assert all(value.dtype == torch.float32 for value in states)
+    for step in range(2):
+        for some, its in ((params, optimizer), (twins, twin)):
+            set_grads(some, 20 + step)
+            its.step()
+    assert_same((params, optimizer), (twins, twin))
+
+
+@EACH_CASE
+@pytest.mark.parametrize("declared", [None, torch.float32])
+def test_a_loaded_state_takes_the_declared_dtype(case, declared):
+    kwargs = {"lr": 0.1, **({"momentum": 0.9} if case.name == "sgd" else {})}
+    params = make_params(dtype=torch.bfloat16)
+    saved = run(case.torch_class, params, kwargs).state_dict()
+    if declared is None:  # what was saved is wider than what is declared
+        saved = run(case.fused(), params, {**kwargs, "state_dtype": torch.float32}).state_dict()
+    twin = case.fused()(clone_params(params), state_dtype=declared, **kwargs)
+    twin.load_state_dict(saved)
+    for number, state in enumerate(twin.state.values()):
+        for key, value in state.items():
+            assert value.dtype == (torch.float32 if key == "step" or declared else torch.bfloat16)
+            assert torch.equal(value, saved["state"][number][key].to(value.dtype))
+
+
+def test_a_state_dtype_that_is_none():
+    with pytest.raises(
+        ValueError, match=r"state_dtype=torch\.float16 must be None, .* torch\.float32"
+    ):
+        fusedopt.AdamW(make_params(), state_dtype=torch.float16)
+
+
+def test_a_state_dtype_that_torchs_step_cannot_have_changes_nothing():
+    params = make_params([(3,), (4, 5)], dtype=torch.bfloat16)
+    optimizer = fusedopt.AdamW(params, differentiable=True, state_dtype=torch.float32)
+    set_grads(params, 0)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match=r"state_dtype=.* cannot be had for .*differentiable=True"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert not optimizer.state
 
 
 @EACH_CASE

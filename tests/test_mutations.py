@@ -31,6 +31,9 @@ SOURCES = {
         *("cpu/tier_generic.cpp", "cpu/tier_avx2.cpp", "cpu/tier_avx512.cpp"),
     ],
 }
+SOURCES["cuda_body_test"] = [*SOURCES["driver_test"], "cuda/table.cpp", "cuda/image.cpp"]
+# As in CMakeLists.txt.
+OWN_FLAGS = {"cuda_body_test": ["-DFUSEDOPT_HD=inline"]}
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ _BF16_ROUNDING = "+ 0x7fffu + ((bits >> 16) & 1u)"
 _GENERIC = {"test": "driver_test", "rebuild": "cpu/tier_generic.cpp"}
 _DRIVER = {"test": "driver_test", "rebuild": "cpu/driver.cpp"}
 _TABLE = {"test": "driver_test", "rebuild": "core/table.cpp"}
+_BODY = {"test": "cuda_body_test"}
 
 MUTATIONS = [
     Mutation("sgd drops decay", "rules/sgd.h", _DECAY, "", r"sgd/plain/\S*decay=0.1"),
@@ -241,6 +245,72 @@ MUTATIONS = [
         "chunks of 1024: pieces leave a gap",
         **_TABLE,
     ),
+    Mutation(
+        "a CUDA body takes the head twice and leaves the tail",
+        "cuda/body.h",
+        "r < head ? r : tail + r - head",
+        "r",
+        "rows, chunks of 64: sgd variant 0 float32/float32/float32",
+        **_BODY,
+    ),
+    Mutation(
+        "a CUDA body ignores maximize",
+        "cuda/body.h",
+        "grad[i] * chunk.slot.grad_factor",
+        "grad[i]",
+        "rows, chunks of 64: sgd variant 0 float32/float32/float32",
+        **_BODY,
+    ),
+    Mutation(
+        "a CUDA body keeps the scaled gradient",
+        "cuda/body.h",
+        "store(chunk.grad + at[1], grad);",
+        "",
+        "grad_scale",
+        **_BODY,
+    ),
+    Mutation(
+        "a CUDA body walks all arrays by the parameter's strides",
+        "cuda/body.h",
+        "layout.strides[a][d]",
+        "layout.strides[0][d]",
+        "layouts: sgd variant 0 float32/float32/float32",
+        **_BODY,
+    ),
+    Mutation(
+        "a prepare kernel bumps no step",
+        "cuda/prepare.h",
+        "slot.step.get() + 1.0",
+        "slot.step.get()",
+        "prepare",
+        **_BODY,
+    ),
+    Mutation(
+        "a prepare kernel takes every step for the first",
+        "cuda/prepare.h",
+        "*slot.first = 0;",
+        "",
+        "prepare",
+        **_BODY,
+    ),
+    Mutation(
+        "an upload begins at the last row that changed",
+        "cuda/image.cpp",
+        "first = std::min(first, r);",
+        "first = r;",
+        "image",
+        rebuild="cuda/image.cpp",
+        **_BODY,
+    ),
+    Mutation(
+        "a row keeps its old scalar slot",
+        "cuda/table.cpp",
+        "if (!moved && row.slot == from.slot) return false;",
+        "if (!moved) return false;",
+        "image",
+        rebuild="cuda/table.cpp",
+        **_BODY,
+    ),
 ]
 
 
@@ -285,9 +355,10 @@ class Workshop:
 
     def object(self, source: Path) -> Path:
         """The object of an unmutated source."""
-        path = self.objects / f"{source.stem}.o"
+        path = self.objects / f"{source.parent.name}_{source.stem}.o"
         if not path.exists():
-            compile_cpp(["-c", source, "-o", path], self.tree)
+            flags = OWN_FLAGS.get(source.stem, [])
+            compile_cpp([*flags, "-c", source, "-o", path], self.tree)
         return path
 
     def build(self, test: str, binary: Path, tree: Path | None = None, rebuild: str = "") -> None:
@@ -299,7 +370,8 @@ class Workshop:
             tree / source if tree and source == fresh else self.object(self.tree / source)
             for source in sources
         ]
-        compile_cpp([*inputs, "-pthread", "-o", binary], tree or self.tree)
+        flags = [] if rebuild else OWN_FLAGS.get(test, [])
+        compile_cpp([*flags, *inputs, "-pthread", "-o", binary], tree or self.tree)
 
 
 def copy_tree(target: Path) -> None:

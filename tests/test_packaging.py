@@ -191,6 +191,13 @@ def failure(code: str) -> str:
 
 
 SETUP = "sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py', run_name='__main__')"
+# As on a machine without a CUDA compiler, whatever this one has.
+NO_NVCC = """import os, torch
+from torch.utils import cpp_extension
+cpp_extension.CUDA_HOME = None
+os.environ.pop("CUDA_HOME", None)
+os.environ["PATH"] = ""
+"""
 
 
 @pytest.mark.parametrize(
@@ -202,13 +209,21 @@ SETUP = "sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py', run_na
         ),
         ("import torch; torch.__version__ = '2.10.1'", ("2.11 or newer", "2.10.1", "install -U")),
         ("import setuptools; setuptools.__version__ = '65.5.0'", ("77 or newer", "65.5.0", "-U")),
+        (
+            "import os; os.environ['FUSEDOPT_CUDA'] = 'yes'",
+            ("FUSEDOPT_CUDA='yes'", "0 (never), 1 (or fail) or unset"),
+        ),
+        (
+            f"{NO_NVCC}\nos.environ['FUSEDOPT_CUDA'] = '1'; torch.version.cuda = '13.0'",
+            ("FUSEDOPT_CUDA=1", "cannot be built: there is no nvcc", "CUDA_HOME"),
+        ),
     ],
-    ids=["no torch", "old torch", "old setuptools"],
+    ids=["no torch", "old torch", "old setuptools", "wrong FUSEDOPT_CUDA", "no nvcc"],
 )
 def test_setup_stops_in_one_line_with_the_remedy(set_up: str, wanted: tuple[str, ...]) -> None:
-    told = failure(f"import runpy, sys; {set_up}; {SETUP}")
+    told = failure(f"import runpy, sys\n{set_up}\n{SETUP}")
     assert "\n" not in told
-    assert told.startswith("fusedopt ")
+    assert told.startswith(("fusedopt ", "FUSEDOPT_CUDA"))
     for part in wanted:
         assert part in told
 
@@ -222,6 +237,43 @@ def test_setup_without_a_compiler_stops_in_failure(tmp_path: Path) -> None:
     assert last.startswith("fusedopt needs a C++20 compiler")
     for part in ("`no-such-compiler`", "install g++", "CXX"):
         assert part in last
+
+
+TOLD = "import runpy, sys\n{}\nsetup = runpy.run_path('setup.py'); print(setup['cuda'].missing)"
+
+
+@pytest.mark.parametrize(
+    ("set_up", "wanted"),
+    [
+        ("import torch; torch.version.cuda = None", f"torch {torch.__version__} has no CUDA"),
+        (f"{NO_NVCC}\ntorch.version.cuda = '13.0'", "there is no nvcc; install CUDA's toolkit"),
+        ("import os; os.environ['FUSEDOPT_CUDA'] = '0'", "it was built with FUSEDOPT_CUDA=0"),
+    ],
+    ids=["torch without CUDA", "no nvcc", "FUSEDOPT_CUDA=0"],
+)
+def test_a_build_without_cuda_says_why(set_up: str, wanted: str) -> None:
+    code = "import sys; sys.argv = ['setup.py', '--version']; import torch; "
+    told = run(sys.executable, "-c", code + TOLD.format(set_up), cwd=ROOT)
+    assert told.splitlines()[-1].startswith(wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc, and there is none on PATH")
+def test_a_build_with_cuda_loads_without_a_gpu(sources: Path, python: Path, tmp_path: Path) -> None:
+    """All kernels linked, even beside a torch without CUDA: what is missing is the device alone."""
+    flags = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
+    copy = shutil.copytree(sources, tmp_path / "sources", ignore=shutil.ignore_patterns("build"))
+    command = [*map(str, (python, "-m", "pip", "wheel", *flags, "-w", tmp_path, f"{copy}{os.sep}"))]
+    env = {**os.environ, "FUSEDOPT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=1500)
+    (built,) = tmp_path.glob("*.whl")
+    with installed(python, built, cwd=tmp_path):
+        code = "import fusedopt.backends as b; print(b.BACKENDS['cuda'].missing())"
+        assert torch.cuda.is_available() or "no CUDA device" in run(
+            python, "-c", code, cwd=tmp_path
+        )
+        told = run(python, "-m", "fusedopt", cwd=tmp_path)
+        assert re.search(r"CUDA kernels +CUDA \d+\.\d+, for 9\.0\n", told), told
 
 
 # The user sees the last line of the traceback.

@@ -2,6 +2,7 @@
 // each tier's unit, after it defined FUSEDOPT_TIER and FUSEDOPT_VECTOR_BYTES.
 #pragma once
 
+#include "core/floor.h"
 #include "cpu/tiers.h"
 #include "cpu/vec.h"
 #include "rules/all.h"
@@ -94,20 +95,6 @@ struct Update {
     vector(param_buffer, grad_buffer, buffers, slot);
     __builtin_memcpy(param, param_buffer, count * sizeof(P));
     for (int k = 0; k < kStates; ++k) __builtin_memcpy(state[k], buffers[k], count * sizeof(S));
-  }
-};
-
-// The traffic floor: what a rule with kCount states reads and writes, through the same loop, with
-// one addition an array in place of the maths.
-template <int kCount>
-struct Floor {
-  static constexpr StateNames states(int) { return {kCount, {}}; }
-  template <class T>
-  struct Scalars {};
-  template <int, class V, class S>
-  FUSEDOPT_INLINE static void update(V& param, V grad, V* state, const S&) {
-    param = param + grad;
-    for (int k = 0; k < kCount; ++k) state[k] = state[k] + grad;
   }
 };
 

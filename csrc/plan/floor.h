@@ -3,9 +3,10 @@
 
 #include <pybind11/pybind11.h>
 
-#include <vector>
+#include <memory>
 
 #include "core/table.h"
+#include "plan/device.h"
 
 namespace fusedopt {
 
@@ -14,12 +15,14 @@ namespace fusedopt {
 // host, so that a step's time over the floor's is all that the maths and the host cost.
 class TrafficFloor {
  public:
-  // Throws std::invalid_argument unless every row has the same number of contiguous CPU tensors of
-  // equal size in bytes, a multiple of four.
-  explicit TrafficFloor(const pybind11::list& rows);
+  // Throws std::invalid_argument unless every row has the same number of contiguous tensors of equal
+  // size in bytes, a multiple of four, all on one device. `launcher` is None for the CPU driver.
+  TrafficFloor(const pybind11::list& rows, const pybind11::object& launcher);
   void run();
 
  private:
+  c10::Device device_{c10::kCPU};
+  std::unique_ptr<TableOnDevice> on_device_;  // null: the CPU driver's
   pybind11::list keep_;
   Table table_;
 };

@@ -13,12 +13,18 @@ py::str interned(const char* text) {
   return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(text));
 }
 
-// A number of any kind: Python's, NumPy's, or a tensor of one element.
-double number(PyObject* value, const py::str& key) {
+// A number of any kind: Python's, NumPy's, or a tensor of one element, which may be left live.
+double number(PyObject* value, const py::str& key, LiveTensors live, at::Tensor& tensor_left) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   if (THPVariable_Check(value)) {
     const at::Tensor& tensor = THPVariable_Unpack(value);
-    if (tensor.numel() == 1) return tensor.item().toDouble();
+    if (tensor.numel() == 1) {
+      const bool stays =
+          live == LiveTensors::kOffHost ? !tensor.is_cpu() : live == LiveTensors::kAll;
+      if (!stays) return tensor.item().toDouble();
+      tensor_left = tensor;
+      return 1.0;
+    }
   } else {
     const double result = PyFloat_AsDouble(value);
     if (PyErr_Occurred() == nullptr) return result;
@@ -30,6 +36,7 @@ double number(PyObject* value, const py::str& key) {
 }
 
 bool truth(PyObject* value) {
+  if (value == Py_False || value == Py_None) return false;
   const int result = PyObject_IsTrue(value);
   if (result < 0) throw py::error_already_set();
   return result != 0;
@@ -42,27 +49,30 @@ GroupReader::GroupReader(const RuleInfo& rule)
   for (const HyperName& name : rule.hyper_names) {
     keys_.push_back({interned(name.key), name.index});
   }
-  for (const char* name : {"differentiable", "capturable"}) route_keys_.push_back(interned(name));
+  // In the order of RouteFlag.
+  for (const char* name : {"differentiable", "capturable", "fused"}) {
+    route_keys_.push_back(interned(name));
+  }
 }
 
-GroupValues GroupReader::read(const py::dict& group) const {
+GroupValues GroupReader::read(const py::dict& group, LiveTensors live) const {
   GroupValues values;
   for (size_t k = 0; k < keys_.size(); ++k) {
-    PyObject* value = PyDict_GetItem(group.ptr(), keys_[k].name.ptr());
+    PyObject* value = PyDict_GetItemWithError(group.ptr(), keys_[k].name.ptr());
     if (value == nullptr) throw py::key_error(std::string(keys_[k].name));
     if (keys_[k].index < 0) {
-      values.hyper.values[k] = number(value, keys_[k].name);
+      values.hyper.values[k] = number(value, keys_[k].name, live, values.live[k]);
     } else {
       const auto element =
           py::reinterpret_steal<py::object>(PySequence_GetItem(value, keys_[k].index));
       if (!element) throw py::error_already_set();
-      values.hyper.values[k] = number(element.ptr(), keys_[k].name);
+      values.hyper.values[k] = number(element.ptr(), keys_[k].name, live, values.live[k]);
     }
   }
-  PyObject* maximize = PyDict_GetItem(group.ptr(), maximize_key_.ptr());
+  PyObject* maximize = PyDict_GetItemWithError(group.ptr(), maximize_key_.ptr());
   values.maximize = maximize != nullptr && truth(maximize);
   for (size_t f = 0; f < route_keys_.size(); ++f) {
-    PyObject* flag = PyDict_GetItem(group.ptr(), route_keys_[f].ptr());
+    PyObject* flag = PyDict_GetItemWithError(group.ptr(), route_keys_[f].ptr());
     if (flag != nullptr && truth(flag)) values.route_flags |= 1u << f;
   }
   return values;

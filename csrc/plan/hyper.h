@@ -1,6 +1,7 @@
 // Reading a param group: hyperparameters by name, whatever numeric type the user gave them.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
 #include <vector>
@@ -13,16 +14,23 @@ namespace py = pybind11;
 
 struct GroupValues {
   HyperValues hyper;
+  at::Tensor live[kMaxHyper];  // values that are left in tensors; 1 stands for them in `hyper`
   bool maximize = false;
-  unsigned route_flags = 0;  // the flags that decide whether kernels may take the group, as bits
+  unsigned route_flags = 0;
 };
+
+// Which tensors among the values stay tensors, for kernels that read them where they are.
+enum class LiveTensors { kNone, kOffHost, kAll };
+
+// Flags of a group that decide who updates it and where its scalars are computed, as bits.
+enum RouteFlag : unsigned { kDifferentiable = 1, kCapturable = 2, kFused = 4 };
 
 class GroupReader {
  public:
   explicit GroupReader(const RuleInfo& rule);
 
   // Throws KeyError for a missing key and TypeError for a value that is no number, naming the key.
-  GroupValues read(const py::dict& group) const;
+  GroupValues read(const py::dict& group, LiveTensors live) const;
 
   PyObject* params_key() const { return params_key_.ptr(); }
 

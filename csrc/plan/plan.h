@@ -1,8 +1,8 @@
 // The step plan: the one path from an optimizer to a kernel.
 //
 // A plan is built once for an optimizer's parameters that kernels can update, and holds one table
-// for each (storage tuple, variant of the rule): the same launch serves all groups and tensors that
-// share these. Each step, `refresh` reads everything that may have moved or changed - group values,
+// for each (device, storage tuple, variant of the rule, host or device scalars): the same launch
+// serves all groups and tensors that share these. Each step, `refresh` reads everything that may have moved or changed - group values,
 // parameters, gradients, state tensors and step counts - straight from the Python objects, in one
 // walk, and either brings the tables up to date or says why the plan no longer fits, having changed
 // nothing; then the caller builds a new one. `launch` writes: step counts, version counters, and the
@@ -16,11 +16,13 @@
 #include <c10/core/TensorImpl.h>
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "core/registry.h"
+#include "plan/device.h"
 #include "plan/hyper.h"
 
 namespace fusedopt {
@@ -29,26 +31,36 @@ namespace py = pybind11;
 
 class StepPlan {
  public:
-  // `rows` lists (group index, parameter, fresh) for the parameters that kernels update, in the order
-  // of the groups, each with complete state in `state`; fresh says that the state was created for
-  // the step to come. `idle` lists the parameters that wait for a first gradient. Throws
-  // std::invalid_argument for a row that no kernel fits (the caller asks why_not_fused first).
+  // `rows` lists (group index, parameter, fresh, first) for the parameters that kernels update, in
+  // the order of the groups, each with complete state in `state`; fresh says that the state was
+  // created for the step to come, `first` is None or a device's int32 that is 1 until a step took
+  // place. `idle` lists the parameters that wait for a first gradient. `launchers` maps device types
+  // to capsules with their Launcher; without one, the CPU driver updates what is in memory. Tables
+  // that graphs hold go to `captured`. Throws std::invalid_argument for a row that no kernel fits
+  // (the caller asks why_not_fused first).
   StepPlan(const std::string& rule, const py::list& param_groups, const py::dict& state,
-           const py::list& rows, const py::list& idle);
+           const py::list& rows, const py::list& idle, const py::dict& launchers,
+           std::shared_ptr<CapturedTables> captured);
 
   // None when the plan fits and is up to date, else why it no longer fits.
   std::optional<std::string> refresh(const py::list& param_groups, const py::dict& state);
 
-  // Performs the step that the last `refresh` prepared.
-  void launch();
+  // Performs the step that the last `refresh` prepared. `amp` is given where `on_device`. Throws
+  // std::runtime_error, before anything is written, for what cannot be captured in a graph.
+  void launch(const AmpTensors& amp);
 
-  // One dict a table: storage, variant, rows, chunks, slots.
+  // Whether all scalars are computed on devices, which then read AMP's tensors themselves.
+  bool on_device() const;
+
+  // One dict a table: device, storage, variant, rows, slots, where its scalars are computed.
   py::list describe() const;
 
  private:
   struct Group {
     std::vector<PyObject*> members;  // of group["params"], in order, fused or not
     GroupValues values;
+    LiveTensors live = LiveTensors::kNone;
+    bool on_host = false;  // the CPU driver has rows of it
     int variant = 0;
   };
 
@@ -68,7 +80,8 @@ class StepPlan {
     const c10::TensorImpl* grad = nullptr;
     c10::TensorImpl* states[kMaxStates + 1] = {};
     void* step_at = nullptr;
-    double step = 0;  // after this step
+    double step = 0;   // after this step, where it is counted on the host
+    at::Tensor first;  // on the device, 1 until a step took place; may be undefined
     int group;
     int table;
     int row;
@@ -78,6 +91,7 @@ class StepPlan {
     uint8_t ndim;
     uint8_t roles = 0;  // which of `states` the row has, as bits
     bool step_is_double = false;
+    bool step_on_device = false;
     bool active = false;
     bool copy_on_write = false;
     bool fresh = false;  // the state was created for the row's first step, still to come
@@ -94,8 +108,17 @@ class StepPlan {
 
   struct Launch {
     int variant;
+    c10::Device device;
+    c10::DispatchKeySet plain_keys;
+    std::unique_ptr<TableOnDevice> on_device;  // null: the CPU driver's
     Table table;
+
+    bool has_device_scalars() const {
+      return on_device != nullptr && on_device->scalars() == cuda::Scalars::kDevice;
+    }
     std::vector<SlotKey> slot_keys;
+    std::vector<int> next_of_group;  // by slot, the one before it of the same group; -1: none
+    std::vector<int> last_of_group;  // by group, where these chains begin
     std::vector<int> renamed;  // the slot of this step that rows of a slot of the last one went to
   };
 
@@ -104,11 +127,13 @@ class StepPlan {
     int row;  // -1: not a row's
   };
 
-  void add_row(int group, const py::object& param, bool fresh, const py::dict& state);
+  void add_row(int group, const py::object& param, const py::dict& state, HostRow host);
   int schema_for(const py::dict& state, const StateNames& names);
-  int table_for(StorageTuple storage, int variant);
+  cuda::Launcher* launcher_for(c10::Device device) const;
+  int table_for(StorageTuple storage, int variant, c10::Device device, cuda::Scalars scalars);
   uint32_t remember(c10::IntArrayRef dims);
   bool fits(const c10::TensorImpl& tensor, int8_t type, const HostRow& row, uint32_t strides) const;
+  GroupValues read_group(const Group& group, const py::dict& dict) const;
   const char* refresh_groups(const py::list& param_groups);
   const char* refresh_entries(PyObject* state);
   const char* refresh_rows(size_t begin, size_t end);
@@ -118,11 +143,15 @@ class StepPlan {
   void assign_slots();
   int slot_for(Launch& launch, const HostRow& host, int previous);
 
+  void check_capture(const Launch& launch) const;
+  DeviceNumbers device_numbers(const Launch& launch, const AmpTensors& amp) const;
   void commit(size_t begin, size_t end);
 
   const RuleInfo& rule_;
   GroupReader reader_;
-  c10::DispatchKeySet plain_keys_;
+  py::dict launchers_;
+  std::shared_ptr<CapturedTables> captured_;
+  c10::DispatchKeySet host_keys_;  // of a plain tensor in memory
   std::vector<Group> groups_;
   std::vector<Schema> schemas_;
   std::vector<HostRow> rows_;

@@ -9,7 +9,6 @@
 #include <c10/core/impl/COWDeleter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
 #include <atomic>
 
 #include "plan/plan.h"
@@ -54,7 +53,9 @@ inline void prefetch_storage(const c10::TensorImpl& tensor) {
 
 inline bool StepPlan::fits(const c10::TensorImpl& tensor, int8_t type, const HostRow& row,
                            uint32_t strides) const {
-  if (tensor.key_set() != plain_keys_ || tensor.dim() != row.ndim) return false;
+  const Launch& launch = launches_[row.table];
+  if (tensor.key_set() != launch.plain_keys || tensor.dim() != row.ndim) return false;
+  if (tensor.device() != launch.device) return false;
   if (static_cast<int8_t>(c10::typeMetaToScalarType(tensor.dtype())) != type) return false;
   const int64_t* sizes = dims_.data() + row.sizes;
   const int64_t* wanted = dims_.data() + strides;
@@ -88,18 +89,20 @@ const char* StepPlan::refresh_groups(const py::list& param_groups) {
   for (size_t g = 0; g < groups_.size(); ++g) {
     Group& group = groups_[g];
     const auto dict = py::reinterpret_borrow<py::dict>(param_groups[g]);
-    PyObject* params = PyDict_GetItem(dict.ptr(), reader_.params_key());
+    PyObject* params = PyDict_GetItemWithError(dict.ptr(), reader_.params_key());
     if (params == nullptr || !PyList_Check(params)) return kGroupsChanged;
     if (PyList_GET_SIZE(params) != Py_ssize_t(group.members.size())) return kGroupsChanged;
     for (size_t m = 0; m < group.members.size(); ++m) {
       if (PyList_GET_ITEM(params, m) != group.members[m]) return kGroupsChanged;
     }
-    const GroupValues values = reader_.read(dict);
-    if (values.route_flags != group.values.route_flags ||
-        rule_.variant(values.hyper) != group.variant) {
-      return "a flag of a parameter group changed";
+    GroupValues values = read_group(group, dict);
+    bool same = values.route_flags == group.values.route_flags &&
+                rule_.variant(values.hyper) == group.variant;
+    for (int k = 0; k < kMaxHyper; ++k) {
+      same = same && values.live[k].defined() == group.values.live[k].defined();
     }
-    group.values = values;
+    if (!same) return "a flag of a parameter group changed";
+    group.values = std::move(values);
   }
   for (PyObject* param : idle_) {
     if (THPVariable_Unpack(param).unsafeGetTensorImpl()->grad().defined()) {
@@ -219,15 +222,19 @@ const char* StepPlan::refresh_row(HostRow& host) {
   if (host.has(kStep)) {
     const c10::TensorImpl& step = *host.states[kStep];
     const auto type = c10::typeMetaToScalarType(step.dtype());
-    if (step.key_set() != plain_keys_ || step.numel() != 1 ||
+    const Launch& launch = launches_[host.table];
+    if (step.key_set() != (host.step_on_device ? launch.plain_keys : host_keys_) ||
+        (host.step_on_device && step.device() != launch.device) || step.numel() != 1 ||
         (type != at::kFloat && type != at::kDouble)) {
       return "a step count has another dtype or device";
     }
     copy_on_write = copy_on_write || is_copy_on_write(step);
     host.step_at = address(step);
     host.step_is_double = type == at::kDouble;
-    host.step = 1 + (host.step_is_double ? *static_cast<double*>(host.step_at)
-                                         : double(*static_cast<float*>(host.step_at)));
+    if (!host.step_on_device) {
+      host.step = 1 + (host.step_is_double ? *static_cast<double*>(host.step_at)
+                                           : double(*static_cast<float*>(host.step_at)));
+    }
   }
   host.copy_on_write = copy_on_write;
   return nullptr;
@@ -247,12 +254,15 @@ void StepPlan::assign_slots() {
   for (Launch& launch : launches_) {
     launch.renamed.assign(launch.slot_keys.size(), -1);
     launch.slot_keys.clear();
+    launch.next_of_group.clear();
+    launch.last_of_group.assign(groups_.size(), -1);
     launch.table.slots.clear();
   }
   for (HostRow& host : rows_) {
     if (!host.active) continue;
     if (host.copy_on_write) materialize(host);
     Launch& launch = launches_[host.table];
+    if (launch.has_device_scalars()) continue;
     Row& row = launch.table.rows[host.row];
     row.slot = slot_for(launch, host, row.slot);
   }
@@ -267,9 +277,13 @@ int StepPlan::slot_for(Launch& launch, const HostRow& host, int previous) {
     const int slot = launch.renamed[previous];
     if (slot >= 0 && keys[slot] == key) return slot;
   }
-  int slot = static_cast<int>(std::find(keys.begin(), keys.end(), key) - keys.begin());
-  if (slot == int(keys.size())) {
+  int slot = launch.last_of_group[host.group];
+  while (slot >= 0 && !(keys[slot] == key)) slot = launch.next_of_group[slot];
+  if (slot < 0) {
+    slot = static_cast<int>(keys.size());
     keys.push_back(key);
+    launch.next_of_group.push_back(launch.last_of_group[host.group]);
+    launch.last_of_group[host.group] = slot;
     Table& table = launch.table;
     table.slots.resize(keys.size() * table.slot_size);
     const GroupValues& values = groups_[host.group].values;

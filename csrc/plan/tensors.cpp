@@ -1,7 +1,5 @@
 #include "plan/tensors.h"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <numeric>
 
@@ -26,9 +24,12 @@ std::optional<DType> storage_dtype(const at::Tensor& tensor) {
 
 int64_t components(const at::Tensor& tensor) { return tensor.is_complex() ? 2 : 1; }
 
-c10::DispatchKeySet plain_cpu_keys() {
-  const c10::InferenceMode no_inference(false);
-  return at::empty({0}, at::TensorOptions(at::kCPU)).key_set();
+c10::DispatchKeySet plain_keys(c10::DeviceType device) {
+  const c10::DispatchKeySet dense(
+      c10::computeDispatchKey(std::nullopt, at::kStrided, c10::Device(device)));
+  const c10::BackendComponent backend = dense.highestBackendKey();
+  return dense | c10::getAutocastRelatedKeySetFromBackend(backend) |
+         c10::getAutogradRelatedKeySetFromBackend(backend);
 }
 
 bool same_layout(c10::IntArrayRef sizes, c10::IntArrayRef a, c10::IntArrayRef b) {
@@ -64,15 +65,17 @@ bool may_overlap_itself(const at::Tensor& tensor) {
   return false;
 }
 
-bool is_plain(const at::Tensor& tensor) { return tensor.key_set() == plain_cpu_keys(); }
+bool is_plain_on(c10::Device device, const at::Tensor& tensor) {
+  return tensor.key_set() == plain_keys(device.type()) && tensor.device() == device;
+}
 
-std::string describe_unplain(const at::Tensor& tensor, const std::string& what) {
+std::string describe_unplain(const at::Tensor& tensor, const std::string& what,
+                             c10::Device device) {
   if (tensor.layout() != at::kStrided) {
     return what + " is sparse";
   }
-  if (!tensor.is_cpu()) {
-    return what + " is on device " + tensor.device().str() +
-           ", for which this build has no kernels";
+  if (tensor.device() != device) {
+    return what + " is on device " + tensor.device().str() + ", the parameter on " + device.str();
   }
   if (tensor.unsafeGetTensorImpl()->is_python_dispatch()) return what + " is a tensor subclass";
   if (tensor.is_inference()) return what + " was created in inference mode";
@@ -83,14 +86,15 @@ std::string describe_unplain(const at::Tensor& tensor, const std::string& what) 
 }  // namespace
 
 std::string why_not_fused(const at::Tensor& param, const at::Tensor& grad) {
-  if (!is_plain(param)) return describe_unplain(param, "the parameter");
+  const c10::Device device = param.device();
+  if (!is_plain_on(device, param)) return describe_unplain(param, "the parameter", device);
   if (!storage_dtype(param)) {
     return std::string("its dtype is ") + at::toString(param.scalar_type());
   }
   if (may_overlap_itself(param)) return "several of its elements share one memory location";
   if (param.numel() > 0 && param.const_data_ptr() == nullptr) return "its storage is empty";
   if (!grad.defined()) return "";
-  if (!is_plain(grad)) return describe_unplain(grad, "its gradient");
+  if (!is_plain_on(device, grad)) return describe_unplain(grad, "its gradient", device);
   if (!storage_dtype(grad) || components(grad) != components(param)) {
     return std::string("its gradient's dtype is ") + at::toString(grad.scalar_type());
   }
@@ -102,7 +106,8 @@ std::string why_not_fused(const at::Tensor& param, const at::Tensor& grad) {
 }
 
 std::string why_state_unfit(const at::Tensor& param, const at::Tensor& state) {
-  if (!is_plain(state)) return describe_unplain(state, "a state");
+  const c10::Device device = param.device();
+  if (!is_plain_on(device, state)) return describe_unplain(state, "a state", device);
   if (!storage_dtype(state) || components(state) != components(param)) {
     return std::string("a state's dtype is ") + at::toString(state.scalar_type());
   }

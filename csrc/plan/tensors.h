@@ -17,14 +17,14 @@ std::optional<DType> storage_dtype(const at::Tensor& tensor);
 // Elements of the storage type an element of the tensor consists of: 2 for complex types, else 1.
 int64_t components(const at::Tensor& tensor);
 
-// The dispatch keys of a dense CPU tensor in torch's plain representation: not sparse, quantized,
-// nested, lazily conjugated or negated, wrapped by a subclass, or created in inference mode.
-c10::DispatchKeySet plain_cpu_keys();
+// The dispatch keys of a dense tensor in torch's plain representation: not sparse, quantized, nested,
+// lazily conjugated or negated, wrapped by a subclass, or created in inference mode.
+c10::DispatchKeySet plain_keys(c10::DeviceType device);
 
 // The same memory order, index for index (strides of dimensions of length 1 mean nothing).
 bool same_layout(c10::IntArrayRef sizes, c10::IntArrayRef a, c10::IntArrayRef b);
 
-// Why the kernels cannot update this parameter from this gradient (undefined: any gradient), in
+// Why kernels for the parameter's device cannot update this parameter from this gradient (undefined: any gradient), in
 // words that end the sentence "it is stepped by torch.optim because". Empty when they can.
 std::string why_not_fused(const at::Tensor& param, const at::Tensor& grad);
 

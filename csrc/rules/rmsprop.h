@@ -67,7 +67,7 @@ struct RmsProp {
     square_avg = s.alpha * square_avg + (s.one_minus_alpha * grad) * grad;
     V variance = square_avg;
     if constexpr ((kVariant & kCentered) != 0) {
-      constexpr int kGradAvg = states(kVariant).count - 1;
+      constexpr int kGradAvg = (kVariant & kMomentum) != 0 ? 2 : 1;
       V& grad_avg = state[kGradAvg];
       grad_avg = s.alpha * grad_avg + s.one_minus_alpha * grad;
       variance = square_avg - grad_avg * grad_avg;

@@ -25,10 +25,19 @@
 
 // Always inlined: a copy that the linker could share between translation units compiled for
 // different instruction sets must not exist.
-#if defined(__CUDACC__)
+#if defined(FUSEDOPT_HD)  // a test that instantiates every kernel at once
+#elif defined(__CUDACC__)
 #define FUSEDOPT_HD __host__ __device__ __forceinline__
 #else
 #define FUSEDOPT_HD __attribute__((always_inline)) inline
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define FUSEDOPT_UNROLL _Pragma("unroll")
+#define FUSEDOPT_NO_UNROLL _Pragma("unroll 1")
+#else
+#define FUSEDOPT_UNROLL
+#define FUSEDOPT_NO_UNROLL
 #endif
 
 namespace fusedopt {

@@ -1,0 +1,202 @@
+// What a block of threads does with a chunk, as a plain function of (thread, threads): kernels call
+// it on the device, and the C++ tests on the host, one thread after the other.
+#pragma once
+
+#include <type_traits>
+
+#include "core/dtype.h"
+#include "cuda/table.h"
+#include "rules/all.h"
+
+#if defined(__CUDA_ARCH__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace fusedopt::cuda {
+
+constexpr int kThreads = 256;
+
+// Elements that one access moves.
+template <class Storage, int kCount>
+struct alignas(sizeof(Storage) * kCount) Pack {
+  Storage element[kCount];
+};
+
+// The conversions of core/dtype.h; on the device, the instructions that do the same.
+template <class Storage>
+FUSEDOPT_HD typename ComputeOf<Storage>::Type from_storage(Storage x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<Storage, F16>) return __half2float(__ushort_as_half(x.bits));
+#endif
+  return widen(x);
+}
+template <class Storage>
+FUSEDOPT_HD Storage to_storage(typename ComputeOf<Storage>::Type x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<Storage, BF16>) {
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+  }
+  if constexpr (std::is_same_v<Storage, F16>) return {__half_as_ushort(__float2half_rn(x))};
+#endif
+  return Narrow<Storage>::from(x);
+}
+
+// The compiler cannot see that a pointer out of a table is to global memory, and would move data by
+// generic accesses.
+template <class Storage>
+FUSEDOPT_HD Storage* global(Storage* address) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(address));
+#endif
+  return address;
+}
+
+// `kWidth` elements from and to an address that is aligned for them.
+template <int kWidth, class Storage, class T>
+FUSEDOPT_HD void load(T (&to)[kWidth], const Storage* from) {
+  constexpr int kCount =
+      kWidth * sizeof(Storage) < kAccessBytes ? kWidth : kAccessBytes / sizeof(Storage);
+  FUSEDOPT_UNROLL
+  for (int i = 0; i < kWidth; i += kCount) {
+    const auto pack = *reinterpret_cast<const Pack<Storage, kCount>*>(global(from) + i);
+    FUSEDOPT_UNROLL
+    for (int j = 0; j < kCount; ++j) to[i + j] = T(from_storage(pack.element[j]));
+  }
+}
+template <int kWidth, class Storage, class T>
+FUSEDOPT_HD void store(Storage* to, const T (&from)[kWidth]) {
+  constexpr int kCount =
+      kWidth * sizeof(Storage) < kAccessBytes ? kWidth : kAccessBytes / sizeof(Storage);
+  FUSEDOPT_UNROLL
+  for (int i = 0; i < kWidth; i += kCount) {
+    Pack<Storage, kCount> pack;
+    FUSEDOPT_UNROLL
+    for (int j = 0; j < kCount; ++j) pack.element[j] = to_storage<Storage>(from[i + j]);
+    *reinterpret_cast<Pack<Storage, kCount>*>(global(to) + i) = pack;
+  }
+}
+
+template <class Rule, int kVariant, class P, class G, class S>
+struct Body {
+  using T = typename ComputeOf<P>::Type;
+  using SlotType = Slot<T, typename Rule::template Scalars<T>>;
+  static constexpr int kStates = Rule::states(kVariant).count;
+  static constexpr int kLeast = sizeof(P) < sizeof(G) ? sizeof(P) : sizeof(G);
+  static constexpr int kWidest = kAccessBytes / (kLeast < int(sizeof(S)) ? kLeast : int(sizeof(S)));
+
+  // What a thread needs of its chunk.
+  struct Chunk {
+    P* param;
+    G* grad;
+    S* state[kMaxStates];
+    int count;
+    const float* grad_scale;
+    SlotType slot;
+  };
+
+  // `at` are the elements' offsets into the arrays: parameter, gradient, states.
+  template <int kWidth>
+  FUSEDOPT_HD static void update(const Chunk& chunk, const int64_t (&at)[2 + kMaxStates]) {
+    T param[kWidth];
+    T grad[kWidth];
+    T state[kMaxStates][kWidth];
+    load(param, chunk.param + at[0]);
+    load(grad, chunk.grad + at[1]);
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < kStates; ++k) load(state[k], chunk.state[k] + at[2 + k]);
+    if (chunk.grad_scale != nullptr) {
+      const T scale = T(*chunk.grad_scale);
+      FUSEDOPT_UNROLL
+      for (int i = 0; i < kWidth; ++i) grad[i] = grad[i] / scale;
+      store(chunk.grad + at[1], grad);
+    }
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kWidth; ++i) {
+      T element_state[kMaxStates];
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < kStates; ++k) element_state[k] = state[k][i];
+      Rule::template update<kVariant>(param[i], grad[i] * chunk.slot.grad_factor, element_state,
+                                      chunk.slot.scalars);
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < kStates; ++k) state[k][i] = element_state[k];
+    }
+    store(chunk.param + at[0], param);
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < kStates; ++k) store(chunk.state[k] + at[2 + k], state[k]);
+  }
+
+  template <int kWidth>
+  FUSEDOPT_HD static void update_at(const Chunk& chunk, int64_t i) {
+    const int64_t at[2 + kMaxStates] = {i, i, i, i, i};
+    update<kWidth>(chunk, at);
+  }
+
+  // Elements before and after the aligned ones go one a thread.
+  template <int kWidth>
+  FUSEDOPT_HD static void linear(const Chunk& chunk, int head, int thread, int threads) {
+    head = head < chunk.count ? head : chunk.count;
+    const int vectors = (chunk.count - head) / kWidth;
+    FUSEDOPT_NO_UNROLL
+    for (int v = thread; v < vectors; v += threads) update_at<kWidth>(chunk, head + v * kWidth);
+    if constexpr (kWidth > 1) {
+      const int tail = head + vectors * kWidth;
+      const int rest = head + chunk.count - tail;
+      FUSEDOPT_NO_UNROLL
+      for (int r = thread; r < rest; r += threads) {
+        update_at<1>(chunk, r < head ? r : tail + r - head);
+      }
+    }
+  }
+
+  // The width is the row's: all threads of a block take one branch.
+  template <int kWidth = kWidest>
+  FUSEDOPT_HD static void by_width(const Chunk& chunk, int width, int head, int thread,
+                                   int threads) {
+    if constexpr (kWidth > 1) {
+      if (width < kWidth) return by_width<kWidth / 2>(chunk, width, head, thread, threads);
+    }
+    linear<kWidth>(chunk, head, thread, threads);
+  }
+
+  FUSEDOPT_HD static void strided(const Chunk& chunk, const DeviceLayout& layout, int64_t begin,
+                                  int thread, int threads) {
+    FUSEDOPT_NO_UNROLL
+    for (int i = thread; i < chunk.count; i += threads) {
+      int64_t left = begin + i;
+      int64_t at[2 + kMaxStates] = {};
+      FUSEDOPT_NO_UNROLL
+      for (int d = layout.dims - 1; d >= 0; --d) {
+        const int64_t index = left % layout.sizes[d];
+        left /= layout.sizes[d];
+        FUSEDOPT_UNROLL
+        for (int a = 0; a < 2 + kStates; ++a) at[a] += index * layout.strides[a][d];
+      }
+      update<1>(chunk, at);
+    }
+  }
+
+  FUSEDOPT_HD static void run(const DeviceTable& table, const Scaler& scaler, int64_t chunk_index,
+                              int thread, int threads) {
+    const DeviceChunk piece = table.chunks[chunk_index];
+    const DeviceRow& row = table.rows[piece.row];
+    if (row.grad == nullptr) return;
+    const bool linear = row.layout < 0;
+    const int64_t begin = linear ? piece.begin : 0;
+    Chunk chunk;
+    chunk.param = static_cast<P*>(row.param) + begin;
+    chunk.grad = static_cast<G*>(const_cast<void*>(row.grad)) + begin;
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < kStates; ++k) chunk.state[k] = static_cast<S*>(row.state[k]) + begin;
+    chunk.count = piece.count;
+    chunk.grad_scale = scaler.grad_scale;
+    chunk.slot = static_cast<const SlotType*>(table.slots)[row.slot];
+    if (linear) {
+      by_width(chunk, row.width, row.head, thread, threads);
+    } else {
+      strided(chunk, table.layouts[row.layout], piece.begin, thread, threads);
+    }
+  }
+};
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,72 @@
+#include "cuda/table.h"
+
+#include <algorithm>
+
+#include "cuda/body.h"
+
+namespace fusedopt::cuda {
+
+namespace {
+
+// Whether all accesses of a row's width are aligned once its head has been passed.
+bool aligned(const DeviceRow& row, const StorageTuple& storage, int states) {
+  const auto fits = [&](const void* array, DType dtype) {
+    const int bytes = std::min(row.width * item_size(dtype), kAccessBytes);
+    return (reinterpret_cast<uintptr_t>(array) + row.head * item_size(dtype)) % bytes == 0;
+  };
+  bool all = fits(row.param, storage.param) && fits(row.grad, storage.grad);
+  for (int k = 0; k < states; ++k) all = all && fits(row.state[k], storage.state);
+  return all;
+}
+
+}  // namespace
+
+bool update_row(const Row& from, const StorageTuple& storage, int states, DeviceRow& row) {
+  const bool moved = row.param != from.param || row.grad != from.grad || row.width == 0 ||
+                     !std::equal(from.state, from.state + kMaxStates, row.state);
+  if (!moved && row.slot == from.slot) return false;
+  row.slot = from.slot;
+  if (!moved) return true;
+  row.param = from.param;
+  row.grad = from.grad;
+  row.layout = from.layout;
+  std::copy(from.state, from.state + kMaxStates, row.state);
+  for (row.width = vector_width(storage); row.width > 1; row.width /= 2) {
+    for (row.head = 0; row.head < row.width; ++row.head) {
+      if (aligned(row, storage, states)) return true;
+    }
+  }
+  row.head = 0;
+  return true;
+}
+
+DeviceLayout device_layout(const Layout& layout) {
+  DeviceLayout made{};
+  made.dims = static_cast<int32_t>(layout.sizes.size());
+  std::copy(layout.sizes.begin(), layout.sizes.end(), made.sizes);
+  for (int a = 0; a < kMaxArrays; ++a) {
+    std::copy(layout.strides[a].begin(), layout.strides[a].end(), made.strides[a]);
+  }
+  return made;
+}
+
+void cut(const Table& table, int64_t elements, std::vector<DeviceChunk>& chunks) {
+  chunks.clear();
+  for (size_t r = 0; r < table.rows.size(); ++r) {
+    for (int64_t begin = 0; begin < table.rows[r].numel; begin += elements) {
+      const int64_t count = std::min(elements, table.rows[r].numel - begin);
+      chunks.push_back({begin, static_cast<int32_t>(count), static_cast<int32_t>(r)});
+    }
+  }
+}
+
+int64_t chunk_elements(int64_t numel, int multiprocessors, const StorageTuple& storage) {
+  const int64_t least = int64_t{kThreads} * vector_width(storage);
+  constexpr int64_t kMost = 32 * 1024;
+  // Blocks take chunks in turn: with few each, the last turn would leave most of the chip idle.
+  constexpr int kChunksEach = 32;
+  const int64_t wanted = numel / (int64_t{multiprocessors} * kChunksEach);
+  return std::clamp(wanted / least * least, least, kMost / least * least);
+}
+
+}  // namespace fusedopt::cuda

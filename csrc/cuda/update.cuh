@@ -1,0 +1,40 @@
+// The update kernels of some storage tuples, for every rule and variant of the registry. Included by
+// the units that name the tuples, so that a build can compile them side by side.
+#pragma once
+
+#include "cuda/body.h"
+#include "cuda/kernels.h"
+
+namespace fusedopt::cuda {
+
+// A persistent grid: blocks walk the chunks in address order.
+template <class Rule, int kVariant, class P, class G, class S>
+__global__ void __launch_bounds__(kThreads, 2) update(DeviceTable table, Scaler scaler) {
+  if (scaler.found_inf != nullptr && *scaler.found_inf != 0.0f) return;
+  for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
+    Body<Rule, kVariant, P, G, S>::run(table, scaler, chunk, static_cast<int>(threadIdx.x),
+                                       kThreads);
+  }
+}
+
+template <class P, class G, class S, class Rule, int kVariant = 0>
+const void* kernel_of_variant(int variant) {
+  if constexpr (kVariant < Rule::kVariants) {
+    if (variant != kVariant) return kernel_of_variant<P, G, S, Rule, kVariant + 1>(variant);
+    return reinterpret_cast<const void*>(&update<Rule, kVariant, P, G, S>);
+  } else {
+    return nullptr;
+  }
+}
+
+template <class P, class G, class S>
+const void* find_kernel(int rule, int variant) {
+  int index = 0;
+#define FUSEDOPT_FIND(name, Rule) \
+  if (rule == index++) return kernel_of_variant<P, G, S, Rule>(variant);
+  FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_FIND)
+#undef FUSEDOPT_FIND
+  return nullptr;
+}
+
+}  // namespace fusedopt::cuda

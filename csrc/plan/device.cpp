@@ -1,0 +1,217 @@
+#include "plan/device.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fusedopt {
+
+namespace {
+
+void check(cuda::Status status) {
+  if (status != nullptr) throw std::runtime_error(std::string("the kernels' device: ") + status);
+}
+
+// `tensor` as a number that kernels on `device` can read.
+cuda::DeviceNumber device_number(const at::Tensor& tensor, c10::Device device,
+                                 std::vector<at::Tensor>& kept) {
+  at::Tensor here = tensor;
+  if (here.device() != device || (here.dtype() != at::kFloat && here.dtype() != at::kDouble)) {
+    here = tensor.to(device, at::kDouble, /*non_blocking=*/true);
+  }
+  kept.push_back(here);
+  return {const_cast<void*>(here.const_data_ptr()), here.dtype() == at::kDouble ? 1 : 0};
+}
+
+const float* amp_number(const at::Tensor& tensor, c10::Device device,
+                        std::vector<at::Tensor>& kept) {
+  if (!tensor.defined()) return nullptr;
+  kept.push_back(tensor.to(device, at::kFloat, /*non_blocking=*/true));
+  return static_cast<const float*>(kept.back().const_data_ptr());
+}
+
+// Copies parts of an image to where it lies on the device, in the order of the current stream. The
+// staging memory comes from torch's pinned allocator, which hands it out again once it was copied.
+void upload(const cuda::Image& image, const std::vector<cuda::Range>& ranges,
+            const at::Tensor& memory) {
+  auto* to = static_cast<std::byte*>(memory.data_ptr());
+  for (const cuda::Range& range : ranges) {
+    const size_t bytes = range.end - range.begin;
+    if (memory.is_cpu()) {
+      std::memcpy(to + range.begin, image.data() + range.begin, bytes);
+      continue;
+    }
+    const auto size = static_cast<int64_t>(bytes);
+    const at::Tensor staging = at::empty({size}, at::TensorOptions(at::kByte).pinned_memory(true));
+    std::memcpy(staging.data_ptr(), image.data() + range.begin, bytes);
+    memory.narrow(0, static_cast<int64_t>(range.begin), size).copy_(staging, /*non_blocking=*/true);
+  }
+}
+
+// Captured tables whose graphs are gone. The last reference is dropped on a thread of CUDA's that
+// must not free device memory, so it waits here for the next step.
+class Leftovers {
+ public:
+  static void release(void* table) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    tables().emplace_back(static_cast<std::shared_ptr<CapturedTable>*>(table));
+  }
+  static void free() {
+    std::vector<std::unique_ptr<std::shared_ptr<CapturedTable>>> left;
+    const std::lock_guard<std::mutex> lock(mutex());
+    left.swap(tables());
+  }
+
+ private:
+  static std::mutex& mutex() {
+    static std::mutex mutex;
+    return mutex;
+  }
+  // Never destroyed: a graph may outlive the end of this library.
+  static std::vector<std::unique_ptr<std::shared_ptr<CapturedTable>>>& tables() {
+    static auto* tables = new std::vector<std::unique_ptr<std::shared_ptr<CapturedTable>>>();
+    return *tables;
+  }
+};
+
+}  // namespace
+
+cuda::DeviceHyper device_hyper(const GroupValues& values, c10::Device device,
+                               std::vector<at::Tensor>& kept) {
+  cuda::DeviceHyper hyper{};
+  std::copy(std::begin(values.hyper.values), std::end(values.hyper.values), hyper.values);
+  for (int k = 0; k < kMaxHyper; ++k) {
+    if (values.live[k].defined()) hyper.live[k] = device_number(values.live[k], device, kept);
+  }
+  hyper.grad_factor = values.maximize ? -1.0 : 1.0;
+  return hyper;
+}
+
+cuda::Scaler device_scaler(const AmpTensors& amp, c10::Device device,
+                           std::vector<at::Tensor>& kept) {
+  return {amp_number(amp.grad_scale, device, kept), amp_number(amp.found_inf, device, kept)};
+}
+
+cuda::Stream current_stream(c10::Device device) {
+  if (device.is_cpu()) return nullptr;
+  // c10's own way to a stream's handle is younger than the oldest torch supported.
+  static const auto* const function =
+      new py::object(py::module_::import("torch").attr("_C").attr("_cuda_getCurrentRawStream"));
+  return reinterpret_cast<cuda::Stream>((*function)(int(device.index())).cast<uintptr_t>());
+}
+
+CapturedTable::CapturedTable(cuda::Launcher& launcher, c10::Device device, cuda::Image image)
+    : launcher(launcher), device(device), image(std::move(image)) {
+  void* at = nullptr;
+  check(launcher.place(&at, this->image.data(), this->image.size()));
+  memory = static_cast<std::byte*>(at);
+}
+
+CapturedTable::~CapturedTable() {
+  const c10::DeviceGuard guard(device);
+  launcher.drop(memory);
+}
+
+int CapturedTables::refresh(const std::string& rule_name, const py::list& param_groups) {
+  Leftovers::free();
+  std::vector<std::shared_ptr<CapturedTable>> alive;
+  for (const std::weak_ptr<CapturedTable>& table : tables_) {
+    if (auto held = table.lock()) alive.push_back(std::move(held));
+  }
+  tables_.assign(alive.begin(), alive.end());
+  const RuleInfo& rule = find_rule(rule_name);
+  const GroupReader reader(rule);
+  for (const auto& table : alive) {
+    if (table->variants.size() > param_groups.size()) {
+      throw std::runtime_error("param_groups: a captured group is gone; capture the step again");
+    }
+  }
+  for (const auto& table : alive) {
+    const c10::DeviceGuard guard(table->device);
+    const auto live = table->device.is_cpu() ? LiveTensors::kAll : LiveTensors::kOffHost;
+    std::vector<at::Tensor> kept;
+    std::vector<cuda::DeviceHyper> hypers;
+    for (size_t g = 0; g < table->variants.size(); ++g) {
+      const GroupValues values =
+          reader.read(py::reinterpret_borrow<py::dict>(param_groups[g]), live);
+      if (rule.variant(values.hyper) != table->variants[g]) {
+        throw std::runtime_error(
+            "param_groups: a flag that changes the formula was set after the step was captured; "
+            "a replay cannot follow, capture the step again");
+      }
+      hypers.push_back(device_hyper(values, table->device, kept));
+    }
+    std::vector<cuda::Range> changed;
+    table->image.update_hypers(hypers, changed);
+    const auto size = static_cast<int64_t>(table->image.size());
+    upload(
+        table->image, changed,
+        at::from_blob(table->memory, {size}, at::TensorOptions(at::kByte).device(table->device)));
+    table->kept.insert(table->kept.end(), kept.begin(), kept.end());
+  }
+  return static_cast<int>(alive.size());
+}
+
+TableOnDevice::TableOnDevice(cuda::Launcher& launcher, c10::Device device, const RuleInfo* rule,
+                             int variant, cuda::Scalars scalars, size_t groups)
+    : launcher_(launcher),
+      device_(device),
+      rule_(rule),
+      variant_(variant),
+      scalars_(scalars),
+      groups_(groups) {}
+
+void TableOnDevice::step(const Table& table, const DeviceNumbers& numbers) {
+  Leftovers::free();
+  const c10::DeviceGuard guard(device_);
+  if (image_ == nullptr) {
+    image_ = std::make_unique<cuda::Image>(table, scalars_, groups_, launcher_.multiprocessors());
+    memory_ = at::empty({static_cast<int64_t>(image_->size())},
+                        at::TensorOptions(at::kByte).device(device_));
+  }
+  if (image_->chunks() == 0) return;
+  changed_.clear();
+  image_->update(table, numbers.prepare, numbers.hypers, changed_);
+  upload(*image_, changed_, memory_);
+  if (!device_.is_cpu()) {
+    memory_.record_stream(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+  }
+  launch(*image_, static_cast<std::byte*>(memory_.data_ptr()), table, numbers,
+         current_stream(device_));
+}
+
+void TableOnDevice::capture(const Table& table, const DeviceNumbers& numbers,
+                            const std::vector<int>& variants, CapturedTables& captured) {
+  const c10::DeviceGuard guard(device_);
+  cuda::Image image(table, cuda::Scalars::kDevice, groups_, launcher_.multiprocessors());
+  if (image.chunks() == 0) return;
+  std::vector<cuda::Range> changed;
+  image.update(table, numbers.prepare, numbers.hypers, changed);
+  const cuda::Stream stream = current_stream(device_);
+  auto made = std::make_shared<CapturedTable>(launcher_, device_, std::move(image));
+  made->variants = variants;
+  made->kept = numbers.kept;
+  auto held = std::make_unique<std::shared_ptr<CapturedTable>>(made);
+  check(launcher_.keep(stream, held.get(), Leftovers::release));
+  static_cast<void>(held.release());  // the graph's now
+  launch(made->image, made->memory, table, numbers, stream);
+  captured.add(made);
+}
+
+void TableOnDevice::launch(const cuda::Image& image, std::byte* memory, const Table& table,
+                           const DeviceNumbers& numbers, cuda::Stream stream) {
+  const cuda::DeviceTable on_device = image.table_at(memory);
+  if (rule_ == nullptr) return check(launcher_.floor(table.states, on_device, stream));
+  if (image.scalars() == cuda::Scalars::kDevice) {
+    check(launcher_.prepare(rule_->index, table.storage.param == DType::kF64,
+                            image.prepare_at(memory), numbers.scaler, stream));
+  }
+  check(launcher_.update(table.storage, rule_->index, variant_, on_device, numbers.scaler, stream));
+}
+
+}  // namespace fusedopt

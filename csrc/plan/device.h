@@ -1,0 +1,110 @@
+// Tables that kernels on a device update: their memory there, and what a step uploads and launches.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "core/registry.h"
+#include "cuda/image.h"
+#include "cuda/launcher.h"
+#include "plan/hyper.h"
+
+namespace fusedopt {
+
+namespace py = pybind11;
+
+// What GradScaler hands over; undefined without one.
+struct AmpTensors {
+  at::Tensor grad_scale;
+  at::Tensor found_inf;
+};
+
+// What a step's scalars are computed from on the device, and the tensors it is read from.
+struct DeviceNumbers {
+  std::vector<cuda::PrepareSlot> prepare;  // one a row
+  std::vector<cuda::DeviceHyper> hypers;   // one a param group
+  cuda::Scaler scaler;
+  std::vector<at::Tensor> kept;
+};
+
+// A group's hyperparameters for kernels on `device`; what has to be moved there goes to `kept`.
+cuda::DeviceHyper device_hyper(const GroupValues& values, c10::Device device,
+                               std::vector<at::Tensor>& kept);
+
+// AMP's tensors as kernels on `device` read them; what has to be moved there goes to `kept`.
+cuda::Scaler device_scaler(const AmpTensors& amp, c10::Device device,
+                           std::vector<at::Tensor>& kept);
+
+// The stream that torch would launch on now.
+cuda::Stream current_stream(c10::Device device);
+
+// A table that was captured in a graph: an image of its own, in memory that no graph pool reuses,
+// kept by the graph and everything made from it.
+struct CapturedTable {
+  CapturedTable(cuda::Launcher& launcher, c10::Device device, cuda::Image image);
+  ~CapturedTable();
+  CapturedTable(const CapturedTable&) = delete;
+  CapturedTable& operator=(const CapturedTable&) = delete;
+
+  cuda::Launcher& launcher;
+  c10::Device device;
+  cuda::Image image;
+  std::byte* memory = nullptr;
+  std::vector<int> variants;     // of the groups, which replays cannot change
+  std::vector<at::Tensor> kept;  // numbers that the kernels read
+};
+
+// The captured tables of an optimizer, whatever becomes of the plans that made them.
+class CapturedTables {
+ public:
+  void add(const std::shared_ptr<CapturedTable>& table) { tables_.push_back(table); }
+
+  // Gives the hyperparameters of the groups to the graphs that are still there, in the order of the
+  // current stream. Returns how many tables that were. Throws std::runtime_error, changing nothing,
+  // if a flag changed the rule's formula or the number of groups is another.
+  int refresh(const std::string& rule, const py::list& param_groups);
+
+ private:
+  std::vector<std::weak_ptr<CapturedTable>> tables_;
+};
+
+class TableOnDevice {
+ public:
+  // Without a rule, kernels move a floor's traffic.
+  TableOnDevice(cuda::Launcher& launcher, c10::Device device, const RuleInfo* rule, int variant,
+                cuda::Scalars scalars, size_t groups);
+
+  cuda::Launcher& launcher() const { return launcher_; }
+  c10::Device device() const { return device_; }
+  cuda::Scalars scalars() const { return scalars_; }
+  int64_t chunks() const { return image_ == nullptr ? 0 : image_->chunks(); }
+  bool capturing() const { return launcher_.capturing(current_stream(device_)); }
+
+  // One step, in the order of the current stream: uploads what moved and launches.
+  void step(const Table& table, const DeviceNumbers& numbers);
+
+  // Records a step in the graph that is being captured, with an image of its own, which is given to
+  // `captured`. `variants` are the groups'.
+  void capture(const Table& table, const DeviceNumbers& numbers, const std::vector<int>& variants,
+               CapturedTables& captured);
+
+ private:
+  void launch(const cuda::Image& image, std::byte* memory, const Table& table,
+              const DeviceNumbers& numbers, cuda::Stream stream);
+
+  cuda::Launcher& launcher_;
+  c10::Device device_;
+  const RuleInfo* rule_;
+  int variant_;
+  cuda::Scalars scalars_;
+  size_t groups_;
+  std::unique_ptr<cuda::Image> image_;
+  at::Tensor memory_;
+  std::vector<cuda::Range> changed_;
+};
+
+}  // namespace fusedopt

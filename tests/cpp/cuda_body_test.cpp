@@ -1,0 +1,264 @@
+// The bodies of the CUDA kernels, run on the host: they are plain functions of (thread, threads), so
+// chunks, heads, tails, access widths and strided rows are tested without a GPU, under sanitizers
+// that see an access outside an array or at an address it is not aligned for.
+#include <array>
+
+#include "check.h"
+#include "cuda/body.h"
+#include "cuda/image.h"
+#include "cuda/prepare.h"
+#include "job.h"
+
+namespace {
+
+using namespace fusedopt;
+using namespace fusedopt::testing;
+
+using RunChunk = void (*)(const cuda::DeviceTable& table, const cuda::Scaler& scaler, int64_t chunk,
+                          int thread, int threads);
+
+template <class Rule, int kVariant = 0>
+RunChunk find_variant_body(int variant, int storage) {
+  if constexpr (kVariant < Rule::kVariants) {
+    if (variant != kVariant) return find_variant_body<Rule, kVariant + 1>(variant, storage);
+    constexpr RunChunk kBodies[] = {
+#define BODY(P, G, S)                                                              \
+  cuda::Body<Rule, kVariant, StorageOf<DType::P>::Type, StorageOf<DType::G>::Type, \
+             StorageOf<DType::S>::Type>::run,
+        FUSEDOPT_FOR_EACH_STORAGE(BODY)
+#undef BODY
+    };
+    return kBodies[storage];
+  } else {
+    return nullptr;
+  }
+}
+
+RunChunk find_body(int rule, int variant, int storage) {
+  int index = 0;
+#define FIND(name, Rule) \
+  if (rule == index++) return find_variant_body<Rule>(variant, storage);
+  FUSEDOPT_FOR_EACH_RULE(FIND)
+#undef FIND
+  return nullptr;
+}
+
+// Which access widths the rows of all jobs were given, so that none goes untested.
+std::array<long, 1 + cuda::kAccessBytes> seen_widths = {};
+
+// One launch: every chunk by every thread of a block of `threads`.
+void run_launch(const Job& job, const Table& table, int64_t chunk_elements, int threads,
+                const cuda::Scaler& scaler) {
+  std::vector<cuda::DeviceRow> rows(table.rows.size());
+  for (size_t r = 0; r < rows.size(); ++r) {
+    cuda::update_row(table.rows[r], table.storage, table.states, rows[r]);
+    ++seen_widths[rows[r].width];
+  }
+  std::vector<cuda::DeviceLayout> layouts;
+  for (const Layout& layout : table.layouts) layouts.push_back(cuda::device_layout(layout));
+  std::vector<cuda::DeviceChunk> chunks;
+  cuda::cut(table, chunk_elements, chunks);
+  const cuda::DeviceTable device{rows.data(), chunks.data(), layouts.data(), table.slots.data(),
+                                 static_cast<int64_t>(chunks.size())};
+  const RunChunk body = find_body(job.rule->index, job.variant(), storage_index(job.storage));
+  for (int64_t chunk = 0; chunk < device.chunk_count; ++chunk) {
+    for (int thread = 0; thread < threads; ++thread) body(device, scaler, chunk, thread, threads);
+  }
+}
+
+void check(const Job& job, int64_t chunk_elements, int threads, const std::string& what,
+           const cuda::Scaler& scaler = {}) {
+  job.check(what + ": " + job.name("a CUDA body"),
+            [&](const Table& table) { run_launch(job, table, chunk_elements, threads, scaler); });
+}
+
+// Sizes around every width, head and tail; chunk edges; rows that take no part; misaligned arrays.
+void test_rows() {
+  for_each_variant([](Job job) {
+    for (int64_t n = 0; n <= 41; ++n) job.add_row(n, n, n % 7 != 3, -1);
+    for (const int64_t n : {63, 64, 65, 127, 128, 129, 300}) job.add_row(n, n, true, -1);
+    job.expect();
+    check(job, 64, 4, "rows, chunks of 64");
+    check(job, 1 << 20, 32, "rows, one chunk each");
+  });
+  for (const int width : {1, 2, 4, 8}) {
+    CHECK(seen_widths[width] > 0, "no row had accesses of " + std::to_string(width) + " elements");
+  }
+}
+
+void test_layouts() {
+  const std::vector<std::vector<int64_t>> shapes = {{1}, {7}, {5, 3}, {2, 1, 9}, {3, 5, 2, 7}};
+  for_each_variant([&](Job job) {
+    const int arrays = 2 + job.states.count;
+    for (const std::vector<int64_t>& sizes : shapes) {
+      const Layout layout = make_layout(sizes, arrays);
+      int64_t numel = 1;
+      for (const int64_t size : sizes) numel *= size;
+      job.table.layouts.push_back(layout);
+      job.add_row(numel, extent_of(layout, arrays), true,
+                  static_cast<int32_t>(job.table.layouts.size()) - 1);
+    }
+    job.expect();
+    check(job, 16, 4, "layouts");
+  });
+}
+
+// Gradients are divided by the scale, and stay so.
+void test_grad_scale() {
+  const float scale = 4.0f;  // exact in every type, so that the expectation is
+  for_each_variant([&](Job job) {
+    for (const int64_t n : {1, 40, 65}) job.add_row(n, n, true, -1);
+    Job scaled = job;
+    for (size_t r = 0; r < job.arrays.size(); ++r) {
+      for (int64_t i = 0; i < job.table.rows[r].numel; ++i) {
+        // Small enough to be multiplied in fp16, large enough not to be subnormal.
+        const double grad = 0.5 + static_cast<double>(random_bits() % 64) / 64;
+        job.arrays[r][1].set(i, grad);
+        job.expected[r][1].set(i, grad);
+        scaled.arrays[r][1].set(i, grad * scale);
+      }
+    }
+    job.expect();
+    scaled.expected = job.expected;
+    check(scaled, 64, 4, "grad_scale", {&scale, nullptr});
+  });
+}
+
+// Slots prepared where kernels run are those the host writes, bit for bit; a skipped step counts for
+// nothing, and the one after it is the first.
+template <class Rule, class T>
+void test_prepare(const RuleInfo& rule, DType dtype) {
+  for (const HyperValues& hyper : all_variants(rule)) {
+    float live_lr = 0.25f;
+    float found_inf = 1.0f;
+    float counted = 0.0f;
+    double counted_in_double = 41.0;
+    int32_t first = 1;
+    cuda::DeviceHyper hypers[2] = {{{}, {}, 1.0}, {{}, {}, -1.0}};
+    for (cuda::DeviceHyper& device : hypers) {
+      std::copy(std::begin(hyper.values), std::end(hyper.values), device.values);
+    }
+    hypers[1].live[0] = {&live_lr, 0};  // lr is the first of every rule's names
+    const cuda::DeviceNumber none{};
+    const cuda::DeviceNumber step{&counted, 0};
+    const cuda::DeviceNumber step_in_double{&counted_in_double, 1};
+    const cuda::PrepareSlot prepare[3] = {
+        {rule.has_step ? step : none, 1.0, &first, 0, 0},
+        {rule.has_step ? step_in_double : none, 1.0, nullptr, 0, 1},
+        {none, 7.0, nullptr, 1, 0},  // the host counts: this is its seventh step, and its first
+    };
+    const auto size = static_cast<size_t>(rule.slot_size(dtype));
+    std::vector<std::byte> slots(3 * size);
+    std::vector<std::byte> expected(3 * size);
+    const cuda::PrepareTable table{prepare, hypers, slots.data(), 3};
+    const auto run = [&] {
+      for (int64_t i = 0; i < 3; ++i) cuda::prepare_slot<Rule, T>(table, {nullptr, &found_inf}, i);
+    };
+    run();
+    const std::string what = std::string("prepare: ") + rule.name;
+    CHECK(counted == 0.0f && counted_in_double == 41.0 && first == 1, what + " counted a skip");
+    CHECK(slots == expected, what + " wrote the slots of a skipped step");
+    found_inf = 0.0f;
+    for (int count = 1; count <= 3; ++count) {
+      run();
+      HyperValues with_live = hyper;
+      with_live.values[0] = live_lr;
+      rule.write_slot(dtype, hyper, rule.has_step ? count : 1, count == 1, 1.0, expected.data());
+      rule.write_slot(dtype, with_live, rule.has_step ? 41 + count : 1, false, -1.0,
+                      expected.data() + size);
+      rule.write_slot(dtype, hyper, 7, true, 1.0, expected.data() + 2 * size);
+      checked += 3;
+      CHECK(slots == expected, what + " differs at step " + std::to_string(count));
+      live_lr *= 0.5f;
+    }
+    CHECK(!rule.has_step || counted == 3.0f, what + " left the count behind");
+  }
+}
+
+void test_prepare() {
+#define TEST_PREPARE(name, Rule)                           \
+  test_prepare<Rule, float>(find_rule(name), DType::kF32); \
+  test_prepare<Rule, double>(find_rule(name), DType::kF64);
+  FUSEDOPT_FOR_EACH_RULE(TEST_PREPARE)
+#undef TEST_PREPARE
+  for (const RuleInfo& rule : all_rules()) {
+    CHECK(rule.hyper_names[0].key == std::string("lr"), "the live value tested is not lr");
+  }
+}
+
+// What of an image is to be uploaded: all of it once, then what moved and nothing else.
+void test_image() {
+  Table table;
+  table.storage = {DType::kF32, DType::kF32, DType::kF32};
+  table.states = 1;
+  table.slot_size = 8;
+  std::vector<float> memory(6 * 64);
+  for (int r = 0; r < 6; ++r) {
+    Row& row = table.rows.emplace_back();
+    row.param = row.state[0] = &memory[64 * r];
+    row.grad = &memory[64 * r];
+    row.numel = r == 2 ? 0 : 64;
+  }
+  table.slots.assign(8, std::byte{1});
+  for (const cuda::Scalars scalars : {cuda::Scalars::kHost, cuda::Scalars::kDevice}) {
+    const bool on_device = scalars == cuda::Scalars::kDevice;
+    cuda::Image image(table, scalars, 2, 132);
+    std::vector<cuda::PrepareSlot> prepare(6);
+    std::vector<cuda::DeviceHyper> hypers(2);
+    const auto changes = [&] {
+      std::vector<cuda::Range> changed;
+      image.update(table, prepare, hypers, changed);
+      ++checked;
+      return changed;
+    };
+    const auto first = changes();
+    CHECK(first.size() == 1 && first[0].begin == 0 && first[0].end == image.size(), "image: all");
+    CHECK(changes().empty(), "image: nothing moved");
+    CHECK(image.chunks() == 5, "image: an empty row has a chunk");
+    table.rows[1].grad = &memory[65];
+    table.rows[3].grad = nullptr;
+    const auto rows = changes();
+    CHECK(rows.size() == 1 && rows[0].end - rows[0].begin == 3 * sizeof(cuda::DeviceRow),
+          "image: rows 1 to 3");
+    const auto* on_board = reinterpret_cast<const cuda::DeviceRow*>(image.data() + rows[0].begin);
+    CHECK(on_board[0].grad == &memory[65] && on_board[2].grad == nullptr, "image: its rows");
+    CHECK(on_board[0].width == 1, "image: a row that moved has kept its access width");
+    table.rows[5].slot = 1;
+    CHECK(changes().size() == 1, "image: a slot's index");
+    table.slots[3] = std::byte{7};
+    CHECK(changes().size() == (on_device ? 0 : 1), "image: slots are uploaded by the host only");
+    hypers[1].values[0] = 2;
+    prepare[4].host_step = 3;
+    CHECK(changes().size() == (on_device ? 2 : 0), "image: numbers for the device");
+    table.rows[1].grad = table.rows[3].grad = table.rows[0].grad;
+    table.rows[5].slot = 0;
+    table.slots[3] = std::byte{1};
+  }
+}
+
+void test_chunk_elements() {
+  const StorageTuple f32{DType::kF32, DType::kF32, DType::kF32};
+  const StorageTuple bf16{DType::kBF16, DType::kBF16, DType::kF32};
+  for (const StorageTuple& storage : {f32, bf16}) {
+    const int64_t least = int64_t{cuda::kThreads} * cuda::vector_width(storage);
+    for (const int64_t numel : {int64_t{0}, int64_t{1}, int64_t{1} << 20, int64_t{1} << 33}) {
+      const int64_t elements = cuda::chunk_elements(numel, 132, storage);
+      const std::string what = "chunks of " + std::to_string(elements);
+      CHECK(elements % least == 0 && elements >= least && elements <= 1 << 15, what);
+      CHECK(elements == least || numel / elements >= 32 * 132, what + " leave the chip idle");
+      ++checked;
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_chunk_elements();
+  test_prepare();
+  test_image();
+  test_rows();
+  test_layouts();
+  test_grad_scale();
+  return check::finish("cuda_body_test", checked);
+}

@@ -1,0 +1,94 @@
+"""A GPU's part, rehearsed on the host: the plan's device path with the kernels' bodies run here.
+
+``backend="rehearsal"`` serves CPU tensors as the CUDA backend serves a GPU's: a table in "device"
+memory, uploads of what moved, prepare kernels, graphs. What is missing is the GPU itself; see
+cpp/rehearsal.cpp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from fusedopt import backends
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "tests/cpp/rehearsal.cpp"
+# -DFUSEDOPT_HD: every kernel at once, where speed is nothing: 8 seconds instead of minutes.
+FLAGS = "-std=c++20 -O1 -DFUSEDOPT_HD=inline -ffp-contract=off -fno-math-errno -fno-trapping-math"
+FLAGS += " -fPIC -shared -fvisibility=hidden -Wall -Werror"
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled launcher; kept in build/ under a name that its sources decide."""
+    text = hashlib.sha256(FLAGS.encode())
+    for path in (SOURCE, *sorted((ROOT / "csrc").rglob("*.h"))):
+        text.update(path.read_bytes())
+    built = ROOT / f"build/rehearsal/{text.hexdigest()[:16]}.so"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        part = built.with_suffix(f".{os.getpid()}")
+        command = ["g++", *FLAGS.split(), "-I", str(ROOT / "csrc"), str(SOURCE), "-o", str(part)]
+        subprocess.run(command, check=True)
+        part.rename(built)
+    loaded = ctypes.CDLL(str(built))
+    loaded.rehearsal_launcher.restype = loaded.rehearsal_begin.restype = ctypes.c_void_p
+    loaded.rehearsal_count.restype = ctypes.c_int64
+    loaded.rehearsal_replay.argtypes = loaded.rehearsal_destroy.argtypes = [ctypes.c_void_p]
+    loaded.rehearsal_fail.argtypes = [ctypes.c_char_p]
+    return loaded
+
+
+@cache
+def launcher() -> object:
+    """Its capsule, as ``_C.cuda_launcher()`` returns one."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(library().rehearsal_launcher(), None, None)
+
+
+BACKEND = backends.Backend("rehearsal", ("cpu",), lambda: "", "", launcher)
+
+
+def launches() -> tuple[int, int]:
+    """How many updates and prepares were launched since the library was loaded."""
+    return library().rehearsal_count(0), library().rehearsal_count(1)
+
+
+def placed() -> int:
+    """How many captured tables there are."""
+    return library().rehearsal_count(2)
+
+
+def fail_next(status: bytes) -> None:
+    """Makes the next launch fail with this status, whose memory must outlive it."""
+    library().rehearsal_fail(status)
+
+
+class Graph:
+    """What a CUDA graph is to a step."""
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """Records launches instead of performing them."""
+        self._graph = library().rehearsal_begin()
+        try:
+            yield
+        finally:
+            library().rehearsal_end()
+
+    def replay(self) -> None:
+        """Performs what was recorded, without any host code of the step."""
+        library().rehearsal_replay(self._graph)
+
+    def destroy(self) -> None:
+        """Lets go of what the graph kept."""
+        library().rehearsal_destroy(self._graph)

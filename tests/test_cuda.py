@@ -1,0 +1,207 @@
+"""What only a GPU can show: no synchronisation, streams, devices, memory, sizes, torch's own steps.
+
+What a GPU shares with its rehearsal on the host is in test_device.py.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from cases import CASES
+from devices import Cuda, needs_gpu, needs_two_gpus
+from harness import make_params, set_grads
+
+import fusedopt
+from fusedopt import _C, backends
+
+pytestmark = needs_gpu
+
+EACH_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+SHAPES = [(), (0,), (1,), (3, 5), (37,), (2, 3, 40), (70_001,)]
+MIB = 2**20
+
+
+def settings(case):
+    return {"lr": 0.01, **({"momentum": 0.9} if case.name == "sgd" else {})}
+
+
+@contextlib.contextmanager
+def no_synchronisation():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@EACH_CASE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_step_is_torchs(case, dtype):
+    ours, theirs = (make_params(SHAPES, dtype, device="cuda") for _ in range(2))
+    kwargs = {**settings(case), "weight_decay": 0.1}
+    optimizers = case.fused()(ours, backend="cuda", **kwargs), case.torch_class(theirs, **kwargs)
+    for step in range(5):
+        for params, optimizer in zip((ours, theirs), optimizers, strict=True):
+            set_grads(params, step)
+            optimizer.step()
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@EACH_CASE
+@pytest.mark.parametrize("kwargs", [{}, {"lr": torch.tensor(0.01)}], ids=["number", "lr tensor"])
+def test_a_step_never_waits_for_the_device(case, kwargs):
+    kwargs = {**settings(case), **{k: v.cuda() for k, v in kwargs.items()}}
+    params = make_params(SHAPES, device="cuda")
+    optimizer = case.fused()(params, backend="cuda", **kwargs)
+    for step in range(4):
+        set_grads(params, step)
+        if step == 1:
+            params[3].grad = None
+        with no_synchronisation():
+            optimizer.step()
+
+
+@pytest.mark.parametrize("rule", ["SGD", "AdamW"])
+def test_a_scaled_step_never_waits_for_the_device(rule):
+    params = make_params(SHAPES, device="cuda")
+    optimizer = getattr(fusedopt, rule)(params, lr=0.01, fused=True, backend="cuda")
+    for found in (1.0, 0.0, 1.0):
+        set_grads(params, 0)
+        optimizer.grad_scale = torch.full((), 4.0, device="cuda")
+        optimizer.found_inf = torch.full((), found, device="cuda")
+        with no_synchronisation():
+            optimizer.step()
+
+
+@EACH_CASE
+def test_the_current_stream_is_used(case):
+    """The gradients arrive late on a stream of their own: a step on another would miss them."""
+    results = []
+    for stream in (None, torch.cuda.Stream()):
+        params = make_params([(4096,)] * 3, device="cuda")
+        optimizer = case.fused()(params, backend="cuda", **settings(case))
+        torch.cuda.synchronize()
+        for step in range(3):
+            with torch.cuda.stream(stream):
+                late = [torch.zeros_like(param) for param in params]
+                torch.cuda._sleep(20_000_000)
+                set_grads(params, step)
+                for param, grad in zip(params, late, strict=True):
+                    grad.copy_(param.grad)
+                    param.grad = grad
+                optimizer.step()
+        torch.cuda.synchronize()
+        results.append([param.detach().clone() for param in params])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_two_gpus
+@EACH_CASE
+def test_two_devices_in_one_group(case):
+    shapes = [(37,), (5, 3), (4096,)]
+    split = make_params(shapes, device="cuda:0")
+    split[1] = torch.nn.Parameter(split[1].detach().to("cuda:1"))
+    whole = make_params(shapes, device="cuda:0")
+    with torch.cuda.device(1):  # what is current decides nothing
+        optimizers = [case.fused()(p, backend="cuda", **settings(case)) for p in (split, whole)]
+        for step in range(3):
+            for params, optimizer in zip((split, whole), optimizers, strict=True):
+                set_grads(params, step)
+                optimizer.step()
+    assert [table["device"] for table in optimizers[0]._packed.plan.describe()] == [
+        "cuda:0", "cuda:1",
+    ]  # fmt: skip
+    for a, b in zip(split, whole, strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+def test_parameters_on_the_host_and_on_the_device():
+    mixed = make_params([(37,), (5, 3)], device="cuda")
+    mixed[1] = torch.nn.Parameter(mixed[1].detach().cpu())
+    optimizer = fusedopt.AdamW(mixed)
+    set_grads(mixed, 0)
+    optimizer.step()
+    assert [route.backend for route in optimizer.routes()] == ["cuda", "cpu"]
+    twin = make_params([(37,), (5, 3)])
+    other = fusedopt.AdamW(twin)
+    set_grads(twin, 0)
+    other.step()
+    for a, b in zip(mixed, twin, strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
+@EACH_CASE
+def test_memory_is_the_states_and_a_table(case):
+    params = make_params([(1000, 1000), *[(64,)] * 1000], device="cuda")
+    set_grads(params, 0)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer = case.fused()(params, backend="cuda", **settings(case))
+    optimizer.step()
+    states = sum(
+        -(-value.nbytes // 512) * 512  # what torch's allocator makes of them
+        for state in optimizer.state.values()
+        for value in state.values()
+        if value.is_cuda
+    )
+    assert torch.cuda.max_memory_allocated() - before <= states + MIB
+    settled = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for step in range(20):
+        optimizer.param_groups[0]["lr"] = 0.01 / (1 + step)
+        optimizer.step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == settled
+
+
+@EACH_CASE
+def test_only_what_moved_is_uploaded(case):
+    params = make_params([(64,)] * 100, device="cuda")
+    set_grads(params, 0)
+    optimizer = case.fused()(params, backend="cuda", **settings(case))
+    for _ in range(2):
+        optimizer.step()
+
+    def copied():
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            optimizer.step()
+            torch.cuda.synchronize()
+        return sum("Memcpy HtoD" in event.name for event in profiler.events())
+
+    assert copied() <= 1  # scalars
+    params[7].grad = params[7].grad.clone()
+    assert copied() <= 2
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_one_launch_of_ten_thousand_tensors(grouped):
+    params = make_params([(8,)] * 10_000, device="cuda")
+    set_grads(params, 0)
+    groups = [{"params": [p]} for p in params[:500]] + [{"params": params[500:]}]
+    optimizer = fusedopt.AdamW(groups if grouped else params, backend="cuda")
+    optimizer.step()
+    assert Cuda.launches(optimizer.step) == (1, 0)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """The smallest dtype, values that show who was updated, and how often."""
+    count = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * count:
+        pytest.skip(f"needs {6 * count / 1e9:.0f} GB of GPU memory")
+    param = torch.nn.Parameter(torch.ones(count, dtype=torch.bfloat16, device="cuda"))
+    param.grad = torch.full((count,), 0.5, dtype=torch.bfloat16, device="cuda")
+    optimizer = fusedopt.SGD([param], lr=1.0, backend="cuda")
+    optimizer.step()
+    for at in (0, 2**30, 2**31 - 1, 2**31, 2**31 + 1, count - 1):
+        assert param[at].item() == 0.5
+    assert param.eq(0.5).all()
+
+
+def test_the_build_covers_this_device():
+    capability = torch.cuda.get_device_capability()
+    assert backends.covers(backends._build_info.CUDA_ARCHITECTURES, capability)
+    assert _C.cuda_launcher() is not None
