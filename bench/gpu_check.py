@@ -1,0 +1,368 @@
+"""Everything a machine with a GPU is asked, in one command under ten minutes.
+
+::
+
+    python bench/gpu_check.py DIR
+
+builds the extension for this GPU's architecture, runs the tests that need a GPU, times the step
+beside torch's own and beside a kernel of the same traffic, compares every rule with the CPU backend
+bit by bit, and runs compute-sanitizer. It needs torch, nvcc and what the tests need (pytest, numpy,
+rich), and fetches nothing. DIR/gpu_check.json is written after every part; a part that fails or
+cannot run is named and does not stop the others. The tables come last.
+
+``--rehearse`` does without a GPU what can be done without one: it compiles the CUDA part, and runs
+the other parts briefly on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = "gpu_check.json"
+Part = dict[str, Any]
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+# Seconds a part may take; all of them together are held to --minutes.
+LIMITS = {"build": 300, "tests": 200, "figures": 200, "graphs": 60, "bits": 100, "sanitizer": 90,
+          "more than 2^31 elements": 60}  # fmt: skip
+
+
+class NotRunError(Exception):
+    """A part cannot run here; says why."""
+
+
+def run(command: list[str], limit: float, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the checkout; one that takes too long is ended and raises `NotRunError`."""
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(limit, 1),
+            env={**os.environ, **environment},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise NotRunError(f"cut off after {limit:.0f} s") from None
+
+
+def tail(done: subprocess.CompletedProcess[str], lines: int = 30) -> str:
+    """The end of what a command printed."""
+    return "\n".join((done.stdout + done.stderr).splitlines()[-lines:])
+
+
+class Check:
+    """One run: what it found so far, and where that is written."""
+
+    def __init__(self, out: Path, rehearse: bool, minutes: float) -> None:
+        self.out = out
+        self.rehearse = rehearse
+        self.end = time.monotonic() + 60 * minutes
+        self.result: dict[str, Any] = {"machine": machine(), "rehearsal": rehearse, "parts": {}}
+
+    def write(self) -> None:
+        """Writes everything found so far."""
+        path = self.out / FILE
+        path.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def part(self, name: str, function: Callable[[float], Part]) -> Part:
+        """Runs a part within its limit and what is left of the whole; keeps what it found."""
+        limit = min(LIMITS[name.partition(":")[0]], self.end - time.monotonic())
+        start = time.monotonic()
+        print(f"{name} ...", flush=True)
+        try:
+            if limit < 5:
+                raise NotRunError("no time left")
+            found = {"status": "passed", **function(limit)}
+        except NotRunError as reason:
+            found = {"status": "not run", "reason": str(reason)}
+        except Exception as error:  # a failing part must not take the others with it
+            found = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+        found["seconds"] = round(time.monotonic() - start, 1)
+        self.result["parts"][name] = found
+        self.write()
+        said = f": {found['reason'].strip().splitlines()[-1]}" if found.get("reason") else ""
+        print(f"  {found['status']} in {found['seconds']:.0f} s{said}", flush=True)
+        return found
+
+    # -- the parts --
+
+    def build(self, limit: float) -> Part:
+        """Compiles for this GPU alone; in a rehearsal, for an H100 and into a folder beside."""
+        command = [sys.executable, "setup.py", "build_ext"]
+        if self.rehearse:
+            if shutil.which("nvcc") is None:
+                raise NotRunError("there is no nvcc")
+            architecture = "9.0"
+            command += ["--build-lib", str(self.out / "built")]
+        else:
+            architecture = ".".join(map(str, torch.cuda.get_device_capability()))
+            command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
+            command += ["-q", "-e", "."]
+        start = time.monotonic()
+        done = run(command, limit, FUSEDOPT_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture)
+        return {
+            "status": "failed" if done.returncode else "passed",
+            "architecture": architecture,
+            "build_seconds": round(time.monotonic() - start, 1),
+            **({"reason": tail(done)} if done.returncode else {}),
+        }
+
+    def tests(self, limit: float, *arguments: str) -> Part:
+        """The tests that have a GPU's half, counted."""
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder, "report.xml")
+            command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
+            done = run(command, limit)
+            text = report.read_text() if report.exists() else ""
+        counts = {
+            key: int(found.group(1)) if (found := re.search(rf'\b{key}="(\d+)"', text)) else None
+            for key in ("tests", "failures", "errors", "skipped")
+        }
+        if not done.returncode and counts["tests"] == counts["skipped"]:
+            raise NotRunError("all of them were skipped")
+        found = {"counts": counts, "status": "failed" if done.returncode else "passed"}
+        if done.returncode:
+            found["reason"] = tail(done)
+        return found
+
+    def module(self, part: str, limit: float) -> Part:
+        """A part of gpu_parts; what it found before it failed or was cut off is kept."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "rows.json")
+            command = [sys.executable, "-m", "fusedopt.bench.gpu_parts", part, str(file)]
+            reason = ""
+            try:
+                done = run(command + ["--rehearse"] * self.rehearse, limit)
+                reason = tail(done) if done.returncode else ""
+            except NotRunError as cut:
+                reason = str(cut)
+            rows = json.loads(file.read_text()) if file.exists() else []
+        return {"rows": rows, **({"status": "failed", "reason": reason} if reason else {})}
+
+    def graphs(self, limit: float) -> Part:
+        """Replays, where there is a device to capture on."""
+        if self.rehearse:
+            raise NotRunError("needs a GPU")
+        return self.module("graphs", limit)
+
+    def bits(self, limit: float) -> Part:
+        """Fails if a single element differs."""
+        found = self.module("bits", limit)
+        if any(row["differing"] for row in found["rows"]):
+            found["status"], found["reason"] = "failed", "elements differ from the CPU's"
+        return found
+
+    def sanitizer(self, tool: str, limit: float) -> Part:
+        """compute-sanitizer on a short run; one that cannot attach is not a failure."""
+        if shutil.which("compute-sanitizer") is None:
+            raise NotRunError("there is no compute-sanitizer")
+        if self.rehearse:
+            raise NotRunError("needs a GPU")
+        command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m"]
+        with tempfile.TemporaryDirectory() as folder:
+            file = str(Path(folder, "rows.json"))
+            done = run([*command, "fusedopt.bench.gpu_parts", "drive", file], limit,
+                       PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # fmt: skip
+        output = done.stdout + done.stderr
+        errors = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
+        if errors is None or "not supported" in output:
+            raise NotRunError(f"it could not attach: {tail(done, 3)}")
+        ours = len(re.findall(r"fusedopt::", output))
+        count = int(errors.group(1) or errors.group(2))
+        return {
+            "status": "failed" if ours else "passed",
+            "errors": count,
+            "in_our_kernels": ours,
+            **({"reason": tail(done)} if count else {}),
+        }
+
+
+def machine() -> dict[str, Any]:
+    """Device, driver, versions and revision."""
+    told: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "git_revision": first_line("git", "describe", "--always", "--dirty", "--exclude", "*"),
+        "nvcc": first_line("nvcc", "--version", pattern=r"release ([\d.]+)"),
+        "triton": None,
+        "device": None,
+    }
+    try:
+        import triton
+
+        told["triton"] = triton.__version__
+    except ImportError:
+        pass
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        told |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver": first_line(
+                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+            ),
+        }
+    return told
+
+
+def first_line(*command: str, pattern: str = "(.*)") -> str | None:
+    """What a pattern finds in a command's output; None without the command."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(pattern, done.stdout)
+    return found.group(1).strip() if found else None
+
+
+# ---- what was promised ---------------------------------------------------------------------------
+
+
+def figure(result: dict[str, Any], workload: str, optimizer: str = "AdamW") -> Part | None:
+    """The row of a workload, None if it was not measured on a GPU."""
+    rows = [] if result["rehearsal"] else result["parts"].get("figures", {}).get("rows", [])
+    found = [r for r in rows if r["workload"] == workload and r["optimizer"] == optimizer]
+    return found[0] if found else None
+
+
+def promises(result: dict[str, Any]) -> list[tuple[str, float | None, str, float]]:
+    """(what, measured, at least or at most, wanted), measured None where it was not."""
+
+    def of(row: Part | None, value: Callable[[Part], float]) -> float | None:
+        try:
+            return None if row is None else value(row)
+        except KeyError:
+            return None
+
+    def wall(row: Part) -> float:
+        return row["step_ms"]["fusedopt"]["median"]
+
+    def device_time(row: Part) -> float:
+        return row["device"]["fusedopt"]["device_us"]
+
+    replays = result["parts"].get("graphs", {}).get("rows", [])
+    replayed = next((row for row in replays if row["workload"] == "swarm"), None)
+    billion, swarm = figure(result, "billion"), figure(result, "swarm")
+    groups, thousand = figure(result, "groups"), figure(result, "thousand")
+    rmsprop, one = figure(result, "hundred", "RMSprop"), figure(result, "one")
+    most, least = "at most", "at least"
+    return [
+        ("AdamW, 1B elements: share of the floor's speed",
+         of(billion, lambda row: row["device"]["floor"]["device_us"] / device_time(row)),
+         least, 0.92),
+        ("AdamW, 1B elements: times torch fused",
+         of(billion, lambda row: row["step_ms"]["torch-fused"]["median"] / wall(row)), least, 1.05),
+        ("AdamW, 10,000 x 64: ms wall", of(swarm, wall), most, 0.6),
+        ("AdamW, 10,000 x 64 in a graph: ms",
+         of(replayed, lambda row: row["replay_ms"]["fusedopt"]), most, 0.1),
+        ("AdamW, 1,000 x 1,024: ms wall", of(thousand, wall), most, 0.12),
+        ("AdamW, 465 groups of one: ms wall", of(groups, wall), most, 0.25),
+        ("AdamW, 1M elements: us on the device", of(one, device_time), most, 9),
+        ("RMSprop, 100M elements: times torch's best",
+         of(rmsprop, lambda row: row["ratios"]["best_torch_over_fusedopt"]["median"]), least, 2.3),
+        ("AdamW, 10,000 x 64: launches",
+         of(swarm, lambda row: row["device"]["fusedopt"]["kernels"]), most, 1),
+        ("AdamW, 465 groups of one: launches",
+         of(groups, lambda row: row["device"]["fusedopt"]["kernels"]), most, 1),
+    ]  # fmt: skip
+
+
+def columns(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table: words to the left, numbers to the right."""
+    table = Table(*words, title=title)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the tables."""
+    console = Console(width=120)
+    rows = result["parts"].get("figures", {}).get("rows", [])
+    words = ("workload", "optimizer", "dtype")
+    if rows:
+        names = list(dict.fromkeys(name for row in rows for name in row["step_ms"]))
+        table = columns("wall milliseconds a step, medians", words, names)
+        for row in rows:
+            times = [f"{row['step_ms'][n]['median']:.3f}" if n in row["step_ms"] else "-"
+                     for n in names]  # fmt: skip
+            table.add_row(*(row[word] for word in words), *times)
+        console.print(table)
+    if rows and not result["rehearsal"]:
+        told = ("kernels", "copies", "device_us", "host_us")
+        table = columns("one step on the device", (*words, "library"), told)
+        for row in rows:
+            for name, seen in row["device"].items():
+                table.add_row(*(row[word] for word in words), name,
+                              *(f"{seen[key]:.1f}" for key in told))  # fmt: skip
+        console.print(table)
+    table = columns("promises", ("promise", "wanted"), ("measured", ""))
+    for what, measured, bound, wanted in promises(result):
+        if measured is None:
+            table.add_row(what, f"{bound} {wanted}", "-", "not measured")
+            continue
+        kept = measured >= wanted if bound == "at least" else measured <= wanted
+        table.add_row(what, f"{bound} {wanted}", f"{measured:.3g}", "kept" if kept else "NOT KEPT")
+    console.print(table)
+    device = result["machine"]["device"] or "no GPU: a rehearsal"
+    table = Table("part", "status", "seconds", "what", title=f"on {device}")
+    for name, part in result["parts"].items():
+        said = part.get("reason", "") or ", ".join(
+            f"{count} {key}" for key, count in part.get("counts", {}).items()
+        )
+        last = (said.strip().splitlines() or [""])[-1]
+        table.add_row(name, part["status"], f"{part['seconds']:.0f}", last[:70])
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs all parts; 1 if one failed, 2 without a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, help=f"folder that {FILE} goes to")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, what can be done")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all parts (default: 9.5)")
+    options = parser.parse_args(arguments)
+    if not options.rehearse and not torch.cuda.is_available():
+        print(
+            "torch sees no CUDA device; --rehearse does what can be done without", file=sys.stderr
+        )
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    check = Check(options.out, options.rehearse, options.minutes)
+    print(json.dumps(check.result["machine"], indent=1), flush=True)
+    built = check.part("build", check.build)
+    if built["status"] == "passed" or options.rehearse:
+        chosen = ["-k", "one_launch or replays"] if options.rehearse else ["-m", "not slow"]
+        suites = ["tests/test_device.py", "tests/test_cuda.py"]
+        check.part("tests", lambda limit: check.tests(limit, *suites, *chosen))
+        check.part("figures", lambda limit: check.module("figures", limit))
+        check.part("graphs", check.graphs)
+        check.part("bits", check.bits)
+        for tool in SANITIZERS:
+            check.part(f"sanitizer: {tool}", lambda limit, tool=tool: check.sanitizer(tool, limit))
+        large = ("tests/test_cuda.py", "-m", "slow")
+        check.part("more than 2^31 elements", lambda limit: check.tests(limit, *large))
+    show(check.result)
+    return int(any(part["status"] == "failed" for part in check.result["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""The parts of the GPU check that need the built package; `gpu_check` runs each in a process.
+
+``python -m fusedopt.bench.gpu_parts PART FILE [--rehearse]`` writes what it found to FILE as JSON,
+a row at a time, so that a part which is cut off keeps what it measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fusedopt
+from fusedopt._extension import _C
+
+from . import optimizers, step
+from .providers import PROVIDERS, Contestant
+from .timing import time_once
+from .workloads import WORKLOADS
+
+Result = dict[str, Any]
+
+# (workload, optimizer, dtype), by what they are worth if the time runs out.
+FIGURES = (
+    ("billion", "AdamW", "float32"),
+    ("swarm", "AdamW", "float32"),
+    ("thousand", "AdamW", "float32"),
+    ("groups", "AdamW", "float32"),
+    ("one", "AdamW", "float32"),
+    ("hundred", "RMSprop", "float32"),
+    ("gpt2", "AdamW", "float32"),
+    ("huge", "AdamW", "bfloat16"),
+    ("huge", "SGD", "float32"),
+    ("huge", "Adagrad", "float32"),
+    ("huge", "Adam", "float32"),
+    ("many", "AdamW", "float32"),
+)
+ROUNDS = 20
+SECONDS = 1.5  # that a step may take over all rounds before it sits some out
+
+
+# ---- how long a step takes -----------------------------------------------------------------------
+
+
+def profile(step: Callable[[], object], repeats: int = 5) -> Result:
+    """What one step does on the device: kernels, copies, and their microseconds."""
+    step()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    copies = [event for event in events if event.name.startswith(("Memcpy", "Memset"))]
+    return {
+        "kernels": (len(events) - len(copies)) / repeats,
+        "copies": len(copies) / repeats,
+        "device_us": sum(event.device_time_total for event in events) / repeats,
+    }
+
+
+def host_microseconds(step: Callable[[], object], repeats: int = 20) -> float:
+    """Median time until a step's call returns, with an idle device before it."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        times.append(_clock(step))
+    return statistics.median(times) * 1e6
+
+
+def _clock(step: Callable[[], object]) -> float:
+    from timeit import default_timer  # torch.utils.benchmark's waits for the device
+
+    start = default_timer()
+    step()
+    return default_timer() - start
+
+
+def figures(device: str, rehearse: bool) -> Iterator[Result]:
+    """Times of the step beside torch's and beside a kernel of the same traffic."""
+    for workload, optimizer, dtype in FIGURES:
+        if rehearse and workload not in ("one", "groups"):
+            continue
+        row = step.Row(step.Task(workload, optimizer, dtype, device))
+        seen: dict[str, Result] = {}
+
+        def inspect(name: str, contestant: Contestant, seen: dict[str, Result] = seen) -> None:
+            if device == "cuda":
+                host = host_microseconds(contestant.step)
+                seen[name] = {**profile(contestant.step), "host_us": host}
+
+        wanted = list(PROVIDERS)
+        if workload == "billion":  # foreach's temporaries would not fit beside the others
+            wanted.remove("torch-foreach")
+        step.race_row(row, gradients(row, device), wanted, 2 if rehearse else ROUNDS, SECONDS,
+                      lambda label: None, inspect)  # fmt: skip
+        yield {**row.to_json(), "device": seen}
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def gradients(row: step.Row, device: str) -> list[torch.Tensor]:
+    """Those of the step job."""
+    return step.make_gradients(row.workload, step.DTYPES[row.task.dtype], device)
+
+
+def graphs(device: str, rehearse: bool) -> Iterator[Result]:
+    """The step captured in a CUDA graph, replayed."""
+    for workload in ("swarm", "thousand"):
+        times = {}
+        for name in ("fusedopt", "torch-fused"):
+            library = PROVIDERS[name].namespace  # type: ignore[union-attr]
+            grads = step.make_gradients(WORKLOADS[workload], torch.float32, device)
+            params = [torch.nn.Parameter(grad.clone()) for grad in grads]
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            made = library.AdamW(params, lr=optimizers.STEP_LR, fused=True, capturable=True)
+            made.step()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                made.step()
+            for _ in range(3):
+                graph.replay()
+            times[name] = statistics.median(time_once(graph.replay) for _ in range(50)) * 1e3
+        yield {"workload": workload, "optimizer": "AdamW", "replay_ms": times}
+
+
+# ---- the same bits -------------------------------------------------------------------------------
+
+
+def variants(name: str) -> Iterator[dict[str, Any]]:
+    """Keywords for every formula of an optimizer, by the flags of its signature."""
+    flags: dict[str, list[dict[str, Any]]] = {
+        "SGD": [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}],
+        "RMSprop": [{}, {"momentum": 0.9}, {"centered": True}, {"momentum": 0.9, "centered": True}],
+        "Adam": [{}, {"amsgrad": True}],
+        "AdamW": [{}, {"amsgrad": True}],
+    }
+    for kwargs in flags.get(name, [{}]):
+        yield {"lr": 0.01, "weight_decay": 0.1, **kwargs}
+
+
+SIZES = (0, 1, 7, 64, 4097, 70_001, 1_000_003)
+
+
+def bits(device: str, rehearse: bool) -> Iterator[Result]:
+    """Every rule and storage type on the device and on the CPU, element by element."""
+    for name in optimizers.names():
+        for dtype, state_dtype in (
+            (torch.float32, None), (torch.float64, None),
+            (torch.bfloat16, None), (torch.bfloat16, torch.float32),
+            (torch.float16, None), (torch.float16, torch.float32),
+        ):  # fmt: skip
+            compared = differing = 0
+            for kwargs in variants(name):
+                both = []
+                for where in (device, "cpu"):
+                    torch.manual_seed(0)
+                    params = [torch.nn.Parameter(torch.randn(n).to(where, dtype)) for n in SIZES]
+                    made = getattr(fusedopt, name)(params, state_dtype=state_dtype, **kwargs)
+                    for _ in range(2 if rehearse else 4):
+                        for param in params:
+                            param.grad = torch.randn(param.shape).to(where, dtype)
+                        made.step()
+                    both.append(
+                        [
+                            tensor.detach().cpu()
+                            for param in params
+                            for tensor in (param, *made.state.get(param, {}).values())
+                            if isinstance(tensor, torch.Tensor)
+                        ]
+                    )
+                for a, b in zip(*both, strict=True):
+                    compared += a.numel()
+                    differing += int((a.view(-1) != b.view(-1)).sum())
+            yield {"optimizer": name, "dtype": str(dtype), "state_dtype": str(state_dtype),
+                   "compared": compared, "differing": differing}  # fmt: skip
+
+
+# ---- what compute-sanitizer watches --------------------------------------------------------------
+
+
+def drive(device: str, rehearse: bool) -> Iterator[Result]:
+    """A short run of every kernel's paths: heads, tails, strides, skips, scalars on the device."""
+    for name in optimizers.names():
+        for dtype in (torch.float32, torch.bfloat16):
+            for kwargs in variants(name):
+                base = torch.randn(3000, device=device, dtype=dtype)
+                views = [
+                    base[1:38],
+                    base[64:1100],
+                    base[1100:1700].view(20, 30).t(),
+                    base[1700:1700],
+                ]
+                params = [torch.nn.Parameter(view) for view in views]
+                made = getattr(fusedopt, name)(params, **kwargs)
+                for scaled in (False, True):
+                    if scaled and name in ("Adagrad", "RMSprop"):
+                        continue  # torch has no fused step of them
+                    if scaled:
+                        made = getattr(fusedopt, name)(params, fused=True, **kwargs)
+                        made.grad_scale = torch.full((), 2.0, device=device)
+                        made.found_inf = torch.zeros((), device=device)
+                    for param in params:
+                        param.grad = torch.randn_like(param)
+                    made.step()
+                    made.step()
+        yield {"optimizer": name}
+
+
+PARTS = {"figures": figures, "graphs": graphs, "bits": bits, "drive": drive}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one part."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, briefly")
+    options = parser.parse_args(arguments)
+    device = "cpu" if options.rehearse else "cuda"
+    if not options.rehearse and _C.cuda_launcher() is None:
+        parser.error("this build has no CUDA kernels; --rehearse runs on the CPU")
+    rows = []
+    for row in PARTS[options.part](device, options.rehearse):
+        rows.append(row)
+        options.file.write_text(json.dumps(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The GPU check, as far as it goes without a GPU: its parts, what it writes, what it promises."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedopt.bench.gpu_check import FILE, Check, NotRunError, main, promises, show
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def written(folder):
+    return json.loads((folder / FILE).read_text())
+
+
+def test_every_part_is_written_at_once_and_a_failing_one_stops_no_other(tmp_path, capsys):
+    check = Check(tmp_path, rehearse=True, minutes=1)
+
+    def broken(limit):
+        raise RuntimeError("no such kernel")
+
+    def absent(limit):
+        raise NotRunError("there is no tool")
+
+    check.part("build", lambda limit: {"rows": [1]})
+    assert list(written(tmp_path)["parts"]) == ["build"]
+    check.part("bits", broken)
+    check.part("sanitizer: memcheck", absent)
+    parts = written(tmp_path)["parts"]
+    assert [part["status"] for part in parts.values()] == ["passed", "failed", "not run"]
+    assert parts["build"]["rows"] == [1]
+    assert parts["bits"]["reason"] == "RuntimeError: no such kernel"
+    assert "there is no tool" in capsys.readouterr().out
+
+
+def test_no_part_begins_when_the_time_is_up(tmp_path):
+    check = Check(tmp_path, rehearse=True, minutes=0)
+    part = check.part("tests", lambda limit: pytest.fail("was begun"))
+    assert (part["status"], part["reason"]) == ("not run", "no time left")
+
+
+def figure(workload, optimizer, **times):
+    medians = {name.replace("_", "-"): {"median": ms} for name, ms in times.items()}
+    device = {name: {"kernels": 1.0, "copies": 1.0, "device_us": ms * 1000, "host_us": 50.0}
+              for name, ms in times.items() if name in ("fusedopt", "floor")}  # fmt: skip
+    return {"workload": workload, "optimizer": optimizer, "dtype": "float32", "device": device,
+            "step_ms": medians}  # fmt: skip
+
+
+def test_promises_come_from_the_figures_alone(tmp_path, capsys):
+    check = Check(tmp_path, rehearse=False, minutes=1)
+    rows = [figure("billion", "AdamW", fusedopt=7.0, torch_fused=7.7, floor=6.3)]
+    check.part("figures", lambda limit: {"rows": rows})
+    told = {what: measured for what, measured, *_ in promises(check.result)}
+    assert told["AdamW, 1B elements: share of the floor's speed"] == pytest.approx(0.9)
+    assert told["AdamW, 1B elements: times torch fused"] == pytest.approx(1.1)
+    assert sum(measured is not None for measured in told.values()) == 2
+    show(check.result)
+    output = capsys.readouterr().out
+    assert "NOT KEPT" in output
+    assert "kept" in output.replace("NOT KEPT", "")
+    assert "not measured" in output
+    check.result["rehearsal"] = True  # times of a CPU keep no promise of a GPU
+    assert not any(measured for _, measured, *_ in promises(check.result))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_how_to_rehearse(tmp_path, capsys):
+    assert main([str(tmp_path / "out")]) == 2
+    assert "--rehearse" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_rehearsal_goes_through_all_parts(tmp_path):
+    command = [sys.executable, "bench/gpu_check.py", str(tmp_path), "--rehearse"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = written(tmp_path)["parts"]
+    passed = {name for name, part in parts.items() if part["status"] == "passed"}
+    assert passed == {"tests", "figures", "bits", *(["build"] if shutil.which("nvcc") else [])}
+    assert parts["tests"]["counts"]["tests"] > parts["tests"]["counts"]["skipped"] > 0
+    assert all(row["compared"] > 1e6 and row["differing"] == 0 for row in parts["bits"]["rows"])
+    assert {row["workload"] for row in parts["figures"]["rows"]} == {"groups", "one"}
+    assert all(part["reason"] for part in parts.values() if part["status"] == "not run")
