@@ -106,16 +106,21 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def add_names(
-    group: Options, flag: str, what: str, accepted: Iterable[str], default: str = "all"
+    group: Options,
+    flag: str,
+    what: str,
+    accepted: Iterable[str],
+    default: str | list[str] = "all",
 ) -> None:
-    """Adds an option that takes names; absent, it is all of them or None, as `default` says."""
+    """Adds an option that takes names; absent, it is those in `default`, or all, or None."""
     names = list(accepted)
+    text = default if isinstance(default, str) else ", ".join(default)
     group.add_argument(
         flag,
         type=one_of(what, names),
-        default=names if default == "all" else None,
+        default=None if isinstance(default, str) and default != "all" else text.replace(" ", ""),
         metavar="LIST",
-        help=f"all, or a comma-separated list of {', '.join(names)} (default: {default})",
+        help=f"all, or a comma-separated list of {', '.join(names)} (default: {text})",
     )
 
 
@@ -165,7 +170,8 @@ def add_step(group: Options) -> None:
         default="cpu",
         help="where the tensors are (default: cpu)",
     )
-    add_names(group, "--providers", "provider", PROVIDERS)
+    usual = [name for name, provider in PROVIDERS.items() if provider.default]
+    add_names(group, "--providers", "provider", PROVIDERS, usual)
     default = "float32, and on huge and many also AdamW in bfloat16"
     add_names(group, "--dtype", "dtype", step.DTYPES, default)
     add_number(group, "--rounds", 1, 15, "how often each step is timed")

@@ -20,7 +20,7 @@ import fusedopt
 from fusedopt._extension import _C
 
 from . import optimizers, step
-from .providers import PROVIDERS, Contestant
+from .providers import PROVIDERS, Contestant, OptimizerProvider
 from .timing import time_once
 from .workloads import WORKLOADS
 
@@ -96,7 +96,7 @@ def figures(device: str, rehearse: bool) -> Iterator[Result]:
                 host = host_microseconds(contestant.step)
                 seen[name] = {**profile(contestant.step), "host_us": host}
 
-        wanted = list(PROVIDERS)
+        wanted = list(PROVIDERS)  # the Triton kernels too
         if workload == "billion":  # foreach's temporaries would not fit beside the others
             wanted.remove("torch-foreach")
         step.race_row(row, gradients(row, device), wanted, 2 if rehearse else ROUNDS, SECONDS,
@@ -115,13 +115,15 @@ def graphs(device: str, rehearse: bool) -> Iterator[Result]:
     """The step captured in a CUDA graph, replayed."""
     for workload in ("swarm", "thousand"):
         times = {}
-        for name in ("fusedopt", "torch-fused"):
-            library = PROVIDERS[name].namespace  # type: ignore[union-attr]
+        for name in ("fusedopt", "fusedopt-triton", "torch-fused"):
+            provider = PROVIDERS[name]
+            assert isinstance(provider, OptimizerProvider)
             grads = step.make_gradients(WORKLOADS[workload], torch.float32, device)
             params = [torch.nn.Parameter(grad.clone()) for grad in grads]
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
-            made = library.AdamW(params, lr=optimizers.STEP_LR, fused=True, capturable=True)
+            flags = {"fused": True, "capturable": True, **provider.keywords}
+            made = provider.namespace.AdamW(params, lr=optimizers.STEP_LR, **flags)
             made.step()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -151,38 +153,45 @@ def variants(name: str) -> Iterator[dict[str, Any]]:
 SIZES = (0, 1, 7, 64, 4097, 70_001, 1_000_003)
 
 
+def trajectory(
+    name: str, backend: str, dtype: torch.dtype, state_dtype: torch.dtype | None, steps: int
+) -> list[torch.Tensor]:
+    """All parameters and states after a few steps of every formula of an optimizer."""
+    where = "cpu" if backend == "cpu" else "cuda"
+    found: list[torch.Tensor] = []
+    for kwargs in variants(name):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n).to(where, dtype)) for n in SIZES]
+        kinds = {"backend": backend, "state_dtype": state_dtype}
+        made = getattr(fusedopt, name)(params, **kinds, **kwargs)
+        for _ in range(steps):
+            for param in params:
+                param.grad = torch.randn(param.shape).to(where, dtype)
+            made.step()
+        for param in params:
+            states = [v for v in made.state.get(param, {}).values() if torch.is_tensor(v)]
+            found += [tensor.detach().cpu() for tensor in (param, *states)]
+    return found
+
+
 def bits(device: str, rehearse: bool) -> Iterator[Result]:
-    """Every rule and storage type on the device and on the CPU, element by element."""
+    """Every rule and storage type by every backend and by the CPU's, element by element."""
+    backends = ("cpu",) if rehearse else ("cuda", "triton")
     for name in optimizers.names():
         for dtype, state_dtype in (
             (torch.float32, None), (torch.float64, None),
             (torch.bfloat16, None), (torch.bfloat16, torch.float32),
             (torch.float16, None), (torch.float16, torch.float32),
         ):  # fmt: skip
-            compared = differing = 0
-            for kwargs in variants(name):
-                both = []
-                for where in (device, "cpu"):
-                    torch.manual_seed(0)
-                    params = [torch.nn.Parameter(torch.randn(n).to(where, dtype)) for n in SIZES]
-                    made = getattr(fusedopt, name)(params, state_dtype=state_dtype, **kwargs)
-                    for _ in range(2 if rehearse else 4):
-                        for param in params:
-                            param.grad = torch.randn(param.shape).to(where, dtype)
-                        made.step()
-                    both.append(
-                        [
-                            tensor.detach().cpu()
-                            for param in params
-                            for tensor in (param, *made.state.get(param, {}).values())
-                            if isinstance(tensor, torch.Tensor)
-                        ]
-                    )
-                for a, b in zip(*both, strict=True):
-                    compared += a.numel()
-                    differing += int((a.view(-1) != b.view(-1)).sum())
-            yield {"optimizer": name, "dtype": str(dtype), "state_dtype": str(state_dtype),
-                   "compared": compared, "differing": differing}  # fmt: skip
+            kinds = (dtype, state_dtype, 2 if rehearse else 4)
+            wanted = trajectory(name, "cpu", *kinds)
+            for backend in backends:
+                found = trajectory(name, backend, *kinds)
+                pairs = [(a.view(-1), b.view(-1)) for a, b in zip(found, wanted, strict=True)]
+                yield {"optimizer": name, "backend": backend, "dtype": str(dtype),
+                       "state_dtype": str(state_dtype),
+                       "compared": sum(a.numel() for a, _ in pairs),
+                       "differing": sum(int((a != b).sum()) for a, b in pairs)}  # fmt: skip
 
 
 # ---- what compute-sanitizer watches --------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Every provider builds its own parameters (copies of the gradients, which all share) and its own
 states, takes its steps on them and drops them with the step it returned. To add one, append an
-`OptimizerProvider` that knows where the library's classes are, or a class with the same three
+`OptimizerProvider` that knows where the library's classes are, or a class with the same
 members, to ``PROVIDERS``.
 """
 
@@ -43,6 +43,7 @@ class Provider(Protocol):
 
     name: str
     title: str
+    default: bool
 
     def unavailable(self, optimizer: str, dtype: torch.dtype, device: str) -> str:
         """Why there is no step for `optimizer` on `dtype`; empty when there is one."""
@@ -62,12 +63,14 @@ class OptimizerProvider:
         title: as printed in tables.
         namespace: module that holds the classes under torch's names.
         keywords: what selects this provider's step, such as ``{"fused": True}``.
+        default: whether it takes part where no providers are named.
     """
 
     name: str
     title: str
     namespace: Any
     keywords: dict[str, Any] = field(default_factory=dict)
+    default: bool = True
 
     def unavailable(
         self, optimizer: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
@@ -117,6 +120,7 @@ class FloorProvider:
 
     name: str = "floor"
     title: str = "traffic floor"
+    default: bool = True
 
     def unavailable(
         self, optimizer: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
@@ -153,6 +157,9 @@ PROVIDERS: dict[str, OptimizerProvider | FloorProvider] = {
         OptimizerProvider("torch-foreach", "torch foreach", torch.optim, {"foreach": True}),
         OptimizerProvider("torch-fused", "torch fused", torch.optim, {"fused": True}),
         OptimizerProvider("fusedopt", "fusedopt", fusedopt),
+        OptimizerProvider(
+            "fusedopt-triton", "fusedopt Triton", fusedopt, {"backend": "triton"}, default=False
+        ),
         FloorProvider(),
     )
 }

@@ -7,6 +7,7 @@
 #include "cpu/tiers.h"
 #include "plan/floor.h"
 #include "plan/plan.h"
+#include "plan/triton.h"
 #include "plan/tensors.h"
 
 namespace fusedopt {
@@ -113,6 +114,14 @@ PYBIND11_MODULE(_C, m) {
     return py::none();
 #endif
   });
+
+  // A launcher of Triton's kernels, which are called through an object's methods. Never destroyed:
+  // graphs that it took part in may outlive the interpreter's objects.
+  m.def(
+      "triton_launcher",
+      [](py::object kernels) { return py::capsule(new TritonLauncher(std::move(kernels))); },
+      py::arg("kernels"));
+  m.def("gpu_runtime", &cuda::gpu_runtime);
 
   // Whether a profiler or observer would see a range recorded now.
   m.def("profiled",

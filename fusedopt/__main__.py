@@ -33,6 +33,17 @@ def _cuda() -> str:
     return f"CUDA {_build_info.CUDA_TOOLKIT}, for {_build_info.CUDA_ARCHITECTURES}"
 
 
+def _choice(device: str) -> str:
+    used = backend_for(device)
+    if used is None:
+        return "torch.optim's own step, because no backend for it is available"
+    serving = [backend for backend in BACKENDS.values() if device in backend.device_types]
+    preferred = [backend.name for backend in serving[: serving.index(used)]]
+    if preferred:
+        return f"{used.name} kernels, because backend {' and '.join(preferred)} is not available"
+    return f"{used.name} kernels"
+
+
 def _devices() -> list[str]:
     devices = ["cpu"]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -59,9 +70,7 @@ def report() -> list[tuple[str, str]]:
         finding = f"not available: {reason}; {backend.remedy}" if reason else "available"
         lines.append((f"backend {backend.name}", finding))
     for device in _devices():
-        used = backend_for(device)
-        finding = f"{used.name} kernels" if used else "torch.optim's own step (no backend)"
-        lines.append((f"device {device}", finding))
+        lines.append((f"device {device}", _choice(device)))
     return lines
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
+import fusedopt.triton_kernels as triton_kernels
 from fusedopt._extension import _C, _build_info
 
 
@@ -54,6 +57,23 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def _interpreting() -> bool:
+    """Whether Triton will run kernels in its interpreter; asked without importing it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@cache
+def _triton_missing() -> str:
+    return triton_kernels.missing()
+
+
+@cache
+def _triton_launcher() -> object:
+    from fusedopt.triton_kernels.launcher import Launcher  # which imports Triton
+
+    return _C.triton_launcher(Launcher())
+
+
 def _cuda_missing() -> str:
     if _C.cuda_launcher() is None:
         return f"this build has no CUDA kernels ({_build_info.CUDA_MISSING})"
@@ -85,9 +105,11 @@ BACKENDS = {
         ),
         Backend(
             "triton",
-            ("cuda",),
-            lambda: "this version of fusedopt has no Triton kernels",
-            "use backend='auto': torch.optim steps the parameters on that device",
+            ("cpu",) if _interpreting() else ("cuda", "xpu"),
+            _triton_missing,
+            "use backend='auto', with which torch.optim steps parameters on such devices, or "
+            "install triton, which comes with a CUDA, ROCm or XPU build of torch",
+            _triton_launcher,
         ),
     )
 }

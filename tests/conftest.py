@@ -1,14 +1,24 @@
 """Fixtures that several suites share."""
 
 import pytest
-import rehearsal
-from devices import Cuda, Rehearsed, needs_gpu
+from devices import Cuda, Interpreted, Rehearsed, TritonOnCuda, needs
 
 from fusedopt import backends
 
+ON_A_GPU = [pytest.param(p, marks=needs(p.backend)) for p in (Cuda, TritonOnCuda)]
+PLACES = [Rehearsed, Interpreted, *ON_A_GPU]
 
-@pytest.fixture(params=[Rehearsed, pytest.param(Cuda, marks=needs_gpu)], ids=lambda p: p.name)
+
+@pytest.fixture(params=PLACES, ids=lambda place: place.name)
 def place(request, monkeypatch):
     """Where a device's kernels run."""
-    monkeypatch.setitem(backends.BACKENDS, "rehearsal", rehearsal.BACKEND)
+    monkeypatch.setitem(backends.BACKENDS, request.param.backend, request.param.row)
+    if request.param is Interpreted:
+        monkeypatch.setattr("triton.runtime.interpreter.TensorHandle.set_attr", check_hint)
     return request.param
+
+
+def check_hint(handle, key, value):
+    """What kernels promise of an address must hold, which the interpreter itself does not mind."""
+    assert key == "tt.divisibility"
+    assert (handle.data % value[0] == 0).all()

@@ -1,34 +1,47 @@
-"""The places a device's kernels are tested in: a GPU, and its rehearsal on the host.
+"""The places a device's kernels are tested in: a GPU, and on the host.
 
-A test that takes the `place` fixture runs in both; without a GPU its CUDA half is skipped, visibly.
+A test that takes the `place` fixture runs in all of them: the CUDA kernels' bodies and the Triton
+kernels in their interpreter, both over CPU tensors as if these were a device's; and both on a GPU,
+which is skipped, visibly, where there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+import kernel_package
 import pytest
 import rehearsal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fusedopt import backends
+from fusedopt import _C, backends
 
-NO_GPU = backends.BACKENDS["cuda"].missing()
-needs_gpu = pytest.mark.skipif(bool(NO_GPU), reason=f"needs a GPU: {NO_GPU}")
+
+def needs(backend: str) -> pytest.MarkDecorator:
+    """Skips a test where a GPU's backend is missing, and says why it is."""
+    reason = backends.BACKENDS[backend].missing()
+    if not reason and not torch.cuda.is_available():
+        reason = "torch sees no CUDA device"
+    return pytest.mark.skipif(bool(reason), reason=f"needs a GPU: {reason}")
+
+
 needs_two_gpus = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason=f"needs two GPUs, there are {torch.cuda.device_count()}"
 )
 
 
 class Rehearsed:
-    """CPU tensors as a device's, see rehearsal.py."""
+    """CPU tensors as a GPU's, under the CUDA kernels' bodies; see rehearsal.py."""
 
     name = backend = "rehearsal"
     device = "cpu"
+    row = rehearsal.BACKEND
     Graph = rehearsal.Graph
+    fail_next = staticmethod(rehearsal.fail_next)
 
     @staticmethod
     def launches(function: Callable[[], Any]) -> tuple[int, int]:
@@ -37,6 +50,65 @@ class Rehearsed:
         function()
         after = rehearsal.launches()
         return after[0] - before[0], after[1] - before[1]
+
+    @staticmethod
+    def capturable_classes() -> bool:
+        """Whether torch.optim's own capturable steps run here, for comparison."""
+        return False
+
+
+class WatchedKernels:
+    """A Triton launcher that counts its calls, and fails when it is told to."""
+
+    def __init__(self) -> None:
+        self.counts = {"update": 0, "prepare": 0}
+        self.failure = ""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(kernel_package.interpreted().Launcher(), name)
+        if name not in self.counts:
+            return call
+
+        def watched(*arguments: int) -> None:
+            self.counts[name] += 1
+            failure, self.failure = self.failure, ""
+            if failure:
+                raise RuntimeError(failure)
+            call(*arguments)
+
+        return watched
+
+
+class Interpreted:
+    """CPU tensors as a GPU's, under the Triton kernels in their interpreter."""
+
+    name = backend = "interpreted"
+    device = "cpu"
+    kernels = WatchedKernels()
+    row = backends.Backend(
+        "interpreted",
+        ("cpu",),
+        lambda: "",
+        "",
+        cache(lambda: _C.triton_launcher(Interpreted.kernels)),
+    )
+
+    @staticmethod
+    def Graph() -> None:  # noqa: N802 - as the others' class
+        """There is none."""
+        pytest.skip("Triton's interpreter has no graphs")
+
+    @classmethod
+    def fail_next(cls, status: bytes) -> None:
+        """Makes the next launch fail."""
+        cls.kernels.failure = status.decode()
+
+    @classmethod
+    def launches(cls, function: Callable[[], Any]) -> tuple[int, int]:
+        """How many update and prepare kernels `function` launches."""
+        before = dict(cls.kernels.counts)
+        function()
+        return tuple(count - before[name] for name, count in cls.kernels.counts.items())
 
     @staticmethod
     def capturable_classes() -> bool:
@@ -68,10 +140,16 @@ class CudaGraph:
 
 
 class Cuda:
-    """A GPU."""
+    """A GPU, under the CUDA kernels."""
 
     name = backend = device = "cuda"
+    row = backends.BACKENDS["cuda"]
     Graph = CudaGraph
+
+    @staticmethod
+    def fail_next(status: bytes) -> None:
+        """There is no way."""
+        pytest.skip("a GPU's launches do not fail on demand")
 
     @staticmethod
     def launches(function: Callable[[], Any]) -> tuple[int, int]:
@@ -80,11 +158,18 @@ class Cuda:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             function()
             torch.cuda.synchronize()
-        names = [event.name for event in profiler.events() if "fusedopt::" in event.name]
-        prepares = sum("update_prepare<" in name for name in names)
+        names = [event.name for event in profiler.events() if "fusedopt" in event.name]
+        prepares = sum("update_prepare" in name for name in names)
         return len(names) - prepares, prepares
 
     @staticmethod
     def capturable_classes() -> bool:
         """Whether torch.optim's own capturable steps run here, for comparison."""
         return True
+
+
+class TritonOnCuda(Cuda):
+    """A GPU, under the Triton kernels."""
+
+    name = backend = "triton"
+    row = backends.BACKENDS["triton"]

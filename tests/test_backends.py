@@ -10,6 +10,7 @@ import torch
 from harness import make_params, set_grads
 
 import fusedopt
+from fusedopt import __main__ as doctor
 from fusedopt import backends
 from fusedopt.backends import BACKENDS, check_backend, covers
 
@@ -164,11 +165,28 @@ def test_the_doctor_explains():
         fusedopt.__version__,
         torch.__version__,
         f"{fusedopt.cpu_tier()} (in use)",
-        "no CUDA kernels",
-        "no Triton kernels",
+        "CUDA kernels",
+        "backend triton",
         "FUSEDOPT_CPU_TIER",
+        "device cpu      cpu kernels",
     ):
         assert expected in result.stdout
+
+
+def test_the_doctor_says_why_a_device_has_its_backend(monkeypatch):
+    def told(**missing):
+        rows = {
+            name: backends.Backend(name, ("cuda",), lambda m=m: m, "")
+            for name, m in missing.items()
+        }
+        for module in (backends, doctor):
+            monkeypatch.setattr(module, "BACKENDS", rows)
+        monkeypatch.setattr(doctor, "_devices", lambda: ["cuda"])
+        return dict(doctor.report())["device cuda"]
+
+    assert told(cuda="", triton="") == "cuda kernels"
+    assert told(cuda="no", triton="") == "triton kernels, because backend cuda is not available"
+    assert told(cuda="no", triton="no").startswith("torch.optim's own step, because no backend")
 
 
 def test_tiers_share_no_symbol(tmp_path):

@@ -8,17 +8,21 @@ import contextlib
 import pytest
 import torch
 from cases import CASES
-from devices import Cuda, needs_gpu, needs_two_gpus
+from devices import Cuda, needs, needs_two_gpus
 from harness import make_params, set_grads
 
 import fusedopt
 from fusedopt import _C, backends
 
-pytestmark = needs_gpu
-
+EACH_BACKEND = [pytest.param(name, marks=needs(name)) for name in ("cuda", "triton")]
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 SHAPES = [(), (0,), (1,), (3, 5), (37,), (2, 3, 40), (70_001,)]
 MIB = 2**20
+
+
+@pytest.fixture(params=EACH_BACKEND)
+def backend(request):
+    return request.param
 
 
 def settings(case):
@@ -37,10 +41,10 @@ def no_synchronisation():
 
 @EACH_CASE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_step_is_torchs(case, dtype):
+def test_the_step_is_torchs(backend, case, dtype):
     ours, theirs = (make_params(SHAPES, dtype, device="cuda") for _ in range(2))
     kwargs = {**settings(case), "weight_decay": 0.1}
-    optimizers = case.fused()(ours, backend="cuda", **kwargs), case.torch_class(theirs, **kwargs)
+    optimizers = case.fused()(ours, backend=backend, **kwargs), case.torch_class(theirs, **kwargs)
     for step in range(5):
         for params, optimizer in zip((ours, theirs), optimizers, strict=True):
             set_grads(params, step)
@@ -52,10 +56,10 @@ def test_the_step_is_torchs(case, dtype):
 
 @EACH_CASE
 @pytest.mark.parametrize("kwargs", [{}, {"lr": torch.tensor(0.01)}], ids=["number", "lr tensor"])
-def test_a_step_never_waits_for_the_device(case, kwargs):
+def test_a_step_never_waits_for_the_device(backend, case, kwargs):
     kwargs = {**settings(case), **{k: v.cuda() for k, v in kwargs.items()}}
     params = make_params(SHAPES, device="cuda")
-    optimizer = case.fused()(params, backend="cuda", **kwargs)
+    optimizer = case.fused()(params, backend=backend, **kwargs)
     for step in range(4):
         set_grads(params, step)
         if step == 1:
@@ -65,9 +69,9 @@ def test_a_step_never_waits_for_the_device(case, kwargs):
 
 
 @pytest.mark.parametrize("rule", ["SGD", "AdamW"])
-def test_a_scaled_step_never_waits_for_the_device(rule):
+def test_a_scaled_step_never_waits_for_the_device(backend, rule):
     params = make_params(SHAPES, device="cuda")
-    optimizer = getattr(fusedopt, rule)(params, lr=0.01, fused=True, backend="cuda")
+    optimizer = getattr(fusedopt, rule)(params, lr=0.01, fused=True, backend=backend)
     for found in (1.0, 0.0, 1.0):
         set_grads(params, 0)
         optimizer.grad_scale = torch.full((), 4.0, device="cuda")
@@ -77,12 +81,12 @@ def test_a_scaled_step_never_waits_for_the_device(rule):
 
 
 @EACH_CASE
-def test_the_current_stream_is_used(case):
+def test_the_current_stream_is_used(backend, case):
     """The gradients arrive late on a stream of their own: a step on another would miss them."""
     results = []
     for stream in (None, torch.cuda.Stream()):
         params = make_params([(4096,)] * 3, device="cuda")
-        optimizer = case.fused()(params, backend="cuda", **settings(case))
+        optimizer = case.fused()(params, backend=backend, **settings(case))
         torch.cuda.synchronize()
         for step in range(3):
             with torch.cuda.stream(stream):
@@ -101,13 +105,13 @@ def test_the_current_stream_is_used(case):
 
 @needs_two_gpus
 @EACH_CASE
-def test_two_devices_in_one_group(case):
+def test_two_devices_in_one_group(backend, case):
     shapes = [(37,), (5, 3), (4096,)]
     split = make_params(shapes, device="cuda:0")
     split[1] = torch.nn.Parameter(split[1].detach().to("cuda:1"))
     whole = make_params(shapes, device="cuda:0")
     with torch.cuda.device(1):  # what is current decides nothing
-        optimizers = [case.fused()(p, backend="cuda", **settings(case)) for p in (split, whole)]
+        optimizers = [case.fused()(p, backend=backend, **settings(case)) for p in (split, whole)]
         for step in range(3):
             for params, optimizer in zip((split, whole), optimizers, strict=True):
                 set_grads(params, step)
@@ -119,6 +123,7 @@ def test_two_devices_in_one_group(case):
         assert torch.equal(a.cpu(), b.cpu())
 
 
+@needs("cuda")
 def test_parameters_on_the_host_and_on_the_device():
     mixed = make_params([(37,), (5, 3)], device="cuda")
     mixed[1] = torch.nn.Parameter(mixed[1].detach().cpu())
@@ -135,12 +140,12 @@ def test_parameters_on_the_host_and_on_the_device():
 
 
 @EACH_CASE
-def test_memory_is_the_states_and_a_table(case):
+def test_memory_is_the_states_and_a_table(backend, case):
     params = make_params([(1000, 1000), *[(64,)] * 1000], device="cuda")
     set_grads(params, 0)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    optimizer = case.fused()(params, backend="cuda", **settings(case))
+    optimizer = case.fused()(params, backend=backend, **settings(case))
     optimizer.step()
     states = sum(
         -(-value.nbytes // 512) * 512  # what torch's allocator makes of them
@@ -157,10 +162,10 @@ def test_memory_is_the_states_and_a_table(case):
 
 
 @EACH_CASE
-def test_only_what_moved_is_uploaded(case):
+def test_only_what_moved_is_uploaded(backend, case):
     params = make_params([(64,)] * 100, device="cuda")
     set_grads(params, 0)
-    optimizer = case.fused()(params, backend="cuda", **settings(case))
+    optimizer = case.fused()(params, backend=backend, **settings(case))
     for _ in range(2):
         optimizer.step()
 
@@ -177,30 +182,31 @@ def test_only_what_moved_is_uploaded(case):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_one_launch_of_ten_thousand_tensors(grouped):
+def test_one_launch_of_ten_thousand_tensors(backend, grouped):
     params = make_params([(8,)] * 10_000, device="cuda")
     set_grads(params, 0)
     groups = [{"params": [p]} for p in params[:500]] + [{"params": params[500:]}]
-    optimizer = fusedopt.AdamW(groups if grouped else params, backend="cuda")
+    optimizer = fusedopt.AdamW(groups if grouped else params, backend=backend)
     optimizer.step()
     assert Cuda.launches(optimizer.step) == (1, 0)
 
 
 @pytest.mark.slow
-def test_more_than_two_to_the_31_elements():
+def test_more_than_two_to_the_31_elements(backend):
     """The smallest dtype, values that show who was updated, and how often."""
     count = 2**31 + 4099
     if torch.cuda.mem_get_info()[0] < 3 * 2 * count:
         pytest.skip(f"needs {6 * count / 1e9:.0f} GB of GPU memory")
     param = torch.nn.Parameter(torch.ones(count, dtype=torch.bfloat16, device="cuda"))
     param.grad = torch.full((count,), 0.5, dtype=torch.bfloat16, device="cuda")
-    optimizer = fusedopt.SGD([param], lr=1.0, backend="cuda")
+    optimizer = fusedopt.SGD([param], lr=1.0, backend=backend)
     optimizer.step()
     for at in (0, 2**30, 2**31 - 1, 2**31, 2**31 + 1, count - 1):
         assert param[at].item() == 0.5
     assert param.eq(0.5).all()
 
 
+@needs("cuda")
 def test_the_build_covers_this_device():
     capability = torch.cuda.get_device_capability()
     assert backends.covers(backends._build_info.CUDA_ARCHITECTURES, capability)

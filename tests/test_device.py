@@ -1,4 +1,4 @@
-"""Tables on a device, on a GPU and rehearsed on the host: bits, scalars, overflow, graphs."""
+"""Tables on a device, on a GPU and on the host: bits, scalars, overflow, graphs."""
 
 import gc
 
@@ -9,6 +9,7 @@ from cases import CASES
 from harness import DTYPES, checked_step, make_params, set_grads, states_of
 
 import fusedopt
+from fusedopt import _C
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -149,6 +150,34 @@ def test_values_that_are_not_finite(place, case):
             torch.testing.assert_close(sa[key], sb[key], rtol=0, atol=0, equal_nan=True)
 
 
+def test_amsgrads_maximum_keeps_nan(place):
+    ends = []
+    for device, backend in ((place.device, place.backend), ("cpu", "cpu")):
+        params = make_params([(64,)], device=device)
+        optimizer = fusedopt.Adam(params, backend=backend, amsgrad=True)
+        for step in range(2):
+            set_grads(params, step)
+            optimizer.step()
+            optimizer.state[params[0]]["max_exp_avg_sq"][::3] = float("nan")
+        set_grads(params, 2)
+        optimizer.step()
+        ends.append(snapshot(params, optimizer))
+    for _, states in ends[0]:
+        assert states["max_exp_avg_sq"][::3].isnan().all()
+    torch.testing.assert_close(*ends, rtol=0, atol=0, equal_nan=True)
+
+
+@each("states", range(4))
+def test_the_traffic_floor(place, states):
+    sizes = (1, 0, 1030, 5000)
+    rows = [[torch.randn(n).to(place.device) for _ in range(2 + states)] for n in sizes]
+    before = [[array.clone() for array in row] for row in rows]
+    _C.TrafficFloor(rows, place.row.launcher()).run()
+    for row, old in zip(rows, before, strict=True):
+        for a, array in enumerate(row):
+            assert torch.equal(array, old[a] if a == 1 else old[a] + old[1])
+
+
 # ---- Launches -----------------------------------------------------------------------------------
 
 
@@ -192,12 +221,10 @@ def test_nothing_is_launched_for_empty_parameters(place):
 
 
 def test_a_failing_launch_is_an_error(place):
-    if place.device != "cpu":
-        pytest.skip("a GPU's launches do not fail on demand")
     params, optimizer = make(place, CASES[0], {"lr": 0.1})
     set_grads(params, 0)
     before = [param.detach().clone() for param in params]
-    rehearsal.fail_next(b"no such luck")
+    place.fail_next(b"no such luck")
     with pytest.raises(RuntimeError, match="no such luck"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))

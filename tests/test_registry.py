@@ -23,9 +23,10 @@ CASES = "tests/cases.py"
 BOUNDS = "tests/tolerances.py"
 ORACLE_TABLES = (("tests/oracle.py", "RULES"), (BOUNDS, "PARAM_ULPS"), (BOUNDS, "STATE_ULPS"))
 SHARED = {"amp", "backends", "optimizer", "packing"}  # modules of no rule
+SHARED_KERNELS = {"floor", "launcher", "math", "multi_tensor"}
 # What must not know a rule by name, and would have to change with every rule if it did: all sources
 # in these places but a rule's own, whatever folder is added.
-NAMELESS = ("csrc", "fusedopt", "setup.py", "CMakeLists.txt")
+NAMELESS = ("csrc", "triton_kernels", "fusedopt", "setup.py", "CMakeLists.txt")
 NAMELESS_BUT = ("csrc/rules/", "fusedopt/__init__.py")
 
 
@@ -74,6 +75,16 @@ def case_rows(text):
     return {c.args[0].value: c.args[3].value for c in calls if ast.unparse(c.func) == "Case"}
 
 
+@functools.cache
+def fields(text, struct):
+    """Names of the fields of a struct in a rule's header or of a class in its twin, in order."""
+    if f"class {struct}(" in text:
+        (found,) = (n for n in ast.parse(text).body if getattr(n, "name", "") == struct)
+        return [node.target.id for node in found.body if isinstance(node, ast.AnnAssign)]
+    body = re.search(rf"struct {struct} {{(.*?)}};", code(text, ".h"), re.DOTALL)
+    return re.findall(r"(\w+)\s*[,;]", body.group(1)) if body else []
+
+
 def missing_pieces(root):
     """What a rule in the list lacks in the source tree at `root`, a sentence each."""
     found = []
@@ -89,12 +100,16 @@ def missing_pieces(root):
         dated = r"Source: [\s\S]*?\b(19|20)\d\d\b[\s\S]*Variant:"
         sourced = not header or re.search(dated, opening)
         module = read(root / f"fusedopt/{rule}.py")
+        twin = read(root / f"triton_kernels/{rule}.py")
+        alike = [fields(header, s) == fields(twin, s) for s in ("Hyper", "Scalars")]
         classes = re.findall(rf'^class (\w+)\(.*rule="{rule}"\)', module, re.MULTILINE)
         pieces = {
             f"csrc/rules/{rule}.h with a struct {struct}": declared,
             f"its formula in the opening comment of csrc/rules/{rule}.h": formula,
             f"its dated source and variant in the opening comment of csrc/rules/{rule}.h": sourced,
             f'its #include "rules/{rule}.h" in {LIST}': f'"rules/{rule}.h"' in read(root / LIST),
+            f"its twin triton_kernels/{rule}.py": twin,
+            f"the header's names in triton_kernels/{rule}.py": not twin or not header or all(alike),
             f'a class with rule="{rule}" in fusedopt/{rule}.py': classes,
             "its class in fusedopt/__init__.py": f"from fusedopt.{rule} import" in package,
             "its class in __all__ of fusedopt/__init__.py": {*classes} <= exported,
@@ -115,6 +130,7 @@ def strays(root):
     rules = [rule for rule, _ in listed]
     found = []
     places = {"csrc/rules/*": {"all", "rule"}, "fusedopt/*.py": SHARED, "docs/rules/*": set()}
+    places["triton_kernels/*.py"] = SHARED_KERNELS
     for pattern, others in places.items():
         for path in sorted(root.glob(pattern)):
             if path.stem not in {*rules, *others} and not path.stem.startswith("_"):
@@ -129,7 +145,8 @@ def strays(root):
     # A word ends at an underscore too: sgd_step names a rule, and so does FUSED_ADAM.
     names = "|".join(sorted({name for pair in listed for name in pair}))
     pattern = re.compile(rf"(?<![a-z])({names})(?![a-z])", re.IGNORECASE)
-    own = (*NAMELESS_BUT, *(f"fusedopt/{rule}.py" for rule in rules))
+    own = [f"{place}/{rule}.py" for rule in rules for place in ("fusedopt", "triton_kernels")]
+    own = (*NAMELESS_BUT, *own)
     for place in map(root.joinpath, NAMELESS):
         for file in sorted(place.rglob("*.*")) if place.is_dir() else [place]:
             path = file.relative_to(root).as_posix()
@@ -190,6 +207,14 @@ def write(tree):
     [
         ("csrc/rules/sgd.h", "struct Sgd ", "struct Sga ", "csrc/rules/sgd.h with a struct Sgd"),
         ("csrc/rules/sgd.h", "", "", "lacks csrc/rules/sgd.h"),
+        ("triton_kernels/adamw.py", "", "", "lacks its twin triton_kernels/adamw.py"),
+        (
+            "triton_kernels/sgd.py",
+            "    dampening:",
+            "    damp:",
+            "header's names in triton_kernels",
+        ),
+        ("csrc/rules/adam.h", "T eps;", "", "header's names in triton_kernels/adam.py"),
         ("docs/rules/adamw.md", "", "", "lacks a page docs/rules/adamw.md"),
         ("csrc/rules/sgd.h", "//   p =", "//   q =", "its formula in the opening comment of"),
         ("csrc/rules/sgd.h", "ICML 2013", "ICML", "its dated source and variant in the opening"),
@@ -215,7 +240,8 @@ def test_all_that_an_unlisted_rule_has_is_named(tree, write):
     write(LIST, read(tree / LIST).replace('RULE("sgd", Sgd)', ""))
     write("tests/oracle.py", "RULES = {'lion': None}")
     complaints = "\n".join(strays(tree))
-    for path in ("csrc/rules/sgd.h", "fusedopt/sgd.py", "docs/rules/sgd.md"):
+    own = ("csrc/rules/sgd.h", "fusedopt/sgd.py", "triton_kernels/sgd.py", "docs/rules/sgd.md")
+    for path in own:
         assert f"{path} belongs to no rule" in complaints
     for entry in (f"{CASES} has 'sgd'", "docs/README.md has 'sgd'", "tests/oracle.py has 'lion'"):
         assert entry in complaints

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/body.h"
+#include "cuda/gpu.h"
 #include "cuda/kernels.h"
 #include "cuda/launcher.h"
 
@@ -25,19 +26,13 @@ const void* kernel_of(const StorageTuple& storage, int rule, int variant) {
   return nullptr;
 }
 
-// A call that CUDA forbids a thread while it captures, though it has nothing to do with the graph.
-class UncapturedCalls {
- public:
-  UncapturedCalls() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~UncapturedCalls() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  UncapturedCalls(const UncapturedCalls&) = delete;
-  UncapturedCalls& operator=(const UncapturedCalls&) = delete;
+static_assert(kStreamNonBlocking == cudaStreamNonBlocking &&
+              kMemcpyHostToDevice == cudaMemcpyHostToDevice &&
+              kCaptureModeRelaxed == cudaStreamCaptureModeRelaxed &&
+              kUserObjectNoDestructorSync == cudaUserObjectNoDestructorSync &&
+              kGraphUserObjectMove == cudaGraphUserObjectMove);
 
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
-class CudaLauncher final : public Launcher {
+class CudaLauncher final : public GpuLauncher {
  public:
   int multiprocessors() override {
     int device = 0;
@@ -46,6 +41,18 @@ class CudaLauncher final : public Launcher {
       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
     }
     return count;
+  }
+
+  // Kernels are loaded when they are first asked about.
+  Status load(const StorageTuple& storage, int rule, int variant) override {
+    cudaFuncAttributes attributes;
+    const bool in_double = storage.param == DType::kF64;
+    for (const void* kernel :
+         {kernel_of(storage, rule, variant), find_prepare_kernel(rule, in_double)}) {
+      const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+      if (error != cudaSuccess) return status_of(error);
+    }
+    return nullptr;
   }
 
   Status update(const StorageTuple& storage, int rule, int variant, const DeviceTable& table,
@@ -61,54 +68,6 @@ class CudaLauncher final : public Launcher {
 
   Status floor(int states, const DeviceTable& table, Stream stream) override {
     return launch_over_chunks(find_floor_kernel(states), table, Scaler{}, stream);
-  }
-
-  bool capturing(Stream stream) override {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    return cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess &&
-           status != cudaStreamCaptureStatusNone;
-  }
-
-  Status keep(Stream stream, void* object, void (*release)(void*)) override {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    cudaGraph_t graph = nullptr;
-#if CUDART_VERSION >= 13000
-    const auto info = cudaStreamGetCaptureInfo;
-#else
-    const auto info = [](cudaStream_t of, cudaStreamCaptureStatus* status, unsigned long long* id,
-                         cudaGraph_t* graph, std::nullptr_t, std::nullptr_t, std::nullptr_t) {
-      return cudaStreamGetCaptureInfo_v2(of, status, id, graph, nullptr, nullptr);
-    };
-#endif
-    cudaError_t error = info(static_cast<cudaStream_t>(stream), &status, nullptr, &graph, nullptr,
-                             nullptr, nullptr);
-    if (error != cudaSuccess) return status_of(error);
-    cudaUserObject_t owned = nullptr;
-    error = cudaUserObjectCreate(&owned, object, release, 1, cudaUserObjectNoDestructorSync);
-    if (error != cudaSuccess) return status_of(error);
-    error = cudaGraphRetainUserObject(graph, owned, 1, cudaGraphUserObjectMove);
-    if (error != cudaSuccess) cudaUserObjectRelease(owned, 1);
-    return status_of(error);
-  }
-
-  Status place(void** at, const void* from, size_t bytes) override {
-    const UncapturedCalls uncaptured;
-    cudaError_t error = cudaMalloc(at, bytes);
-    if (error != cudaSuccess) return status_of(error);
-    cudaStream_t stream = nullptr;
-    error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    if (error == cudaSuccess) {
-      error = cudaMemcpyAsync(*at, from, bytes, cudaMemcpyHostToDevice, stream);
-      if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-      cudaStreamDestroy(stream);
-    }
-    if (error != cudaSuccess) cudaFree(*at);
-    return status_of(error);
-  }
-
-  void drop(void* at) override {
-    const UncapturedCalls uncaptured;
-    cudaFree(at);  // at the end of a process the device may be gone already: nobody to tell
   }
 
  private:

@@ -1,5 +1,5 @@
 // What a plan asks of a device: a few calls on raw pointers and a stream. Torch-free, and free of
-// CUDA: launcher.cu implements it for CUDA, tests on the host. No call but `place` waits.
+// CUDA: launcher.cu implements it for CUDA, tests on the host. No call but `load` and `place` waits.
 #pragma once
 
 #include <cstddef>
@@ -23,6 +23,10 @@ class Launcher {
   virtual ~Launcher() = default;
 
   virtual int multiprocessors() = 0;
+
+  // Readies what the launches of a table will need, before anything is changed: kernels may have to
+  // be compiled, and to be loaded, which a stream that captures does not allow.
+  virtual Status load(const StorageTuple& storage, int rule, int variant) = 0;
 
   // One launch each, in the order of the stream. Rules and variants by their place in the registry.
   virtual Status update(const StorageTuple& storage, int rule, int variant,

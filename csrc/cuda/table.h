@@ -2,6 +2,7 @@
 // rows of core/table.h. Torch-free and free of CUDA: the host fills them, tests read them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/table.h"
@@ -47,6 +48,16 @@ struct DeviceLayout {
   int64_t sizes[kMaxDims];
   int64_t strides[kMaxArrays][kMaxDims];
 };
+
+// triton_kernels/multi_tensor.py reads these structs at the same places.
+static_assert(sizeof(DeviceRow) == 56 && offsetof(DeviceRow, grad) == 8 &&
+              offsetof(DeviceRow, state) == 16 && offsetof(DeviceRow, slot) == 40 &&
+              offsetof(DeviceRow, layout) == 44 && offsetof(DeviceRow, width) == 48 &&
+              offsetof(DeviceRow, head) == 52);
+static_assert(sizeof(DeviceChunk) == 16 && offsetof(DeviceChunk, count) == 8 &&
+              offsetof(DeviceChunk, row) == 12);
+static_assert(sizeof(DeviceLayout) == 3080 && offsetof(DeviceLayout, sizes) == 8 &&
+              offsetof(DeviceLayout, strides) == 520 && sizeof(DeviceLayout::strides[0]) == 512);
 
 // Everything a launch reads besides the arrays. Pointers into device memory.
 struct DeviceTable {

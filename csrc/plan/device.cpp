@@ -100,9 +100,10 @@ cuda::Scaler device_scaler(const AmpTensors& amp, c10::Device device,
 cuda::Stream current_stream(c10::Device device) {
   if (device.is_cpu()) return nullptr;
   // c10's own way to a stream's handle is younger than the oldest torch supported.
-  static const auto* const function =
-      new py::object(py::module_::import("torch").attr("_C").attr("_cuda_getCurrentRawStream"));
-  return reinterpret_cast<cuda::Stream>((*function)(int(device.index())).cast<uintptr_t>());
+  static const auto module = new py::module_(py::module_::import("torch._C"));
+  const char* name = device.is_xpu() ? "_xpu_getCurrentRawStream" : "_cuda_getCurrentRawStream";
+  return reinterpret_cast<cuda::Stream>(
+      module->attr(name)(int(device.index())).cast<uintptr_t>());
 }
 
 CapturedTable::CapturedTable(cuda::Launcher& launcher, c10::Device device, cuda::Image image)
@@ -158,13 +159,18 @@ int CapturedTables::refresh(const std::string& rule_name, const py::list& param_
 }
 
 TableOnDevice::TableOnDevice(cuda::Launcher& launcher, c10::Device device, const RuleInfo* rule,
-                             int variant, cuda::Scalars scalars, size_t groups)
+                             int variant, StorageTuple storage, cuda::Scalars scalars,
+                             size_t groups)
     : launcher_(launcher),
       device_(device),
       rule_(rule),
       variant_(variant),
       scalars_(scalars),
-      groups_(groups) {}
+      groups_(groups) {
+  if (rule_ == nullptr) return;
+  const c10::DeviceGuard guard(device_);
+  check(launcher_.load(storage, rule_->index, variant_));
+}
 
 void TableOnDevice::step(const Table& table, const DeviceNumbers& numbers) {
   Leftovers::free();

@@ -74,9 +74,9 @@ class CapturedTables {
 
 class TableOnDevice {
  public:
-  // Without a rule, kernels move a floor's traffic.
+  // Without a rule, kernels move a floor's traffic. May take as long as compiling a kernel does.
   TableOnDevice(cuda::Launcher& launcher, c10::Device device, const RuleInfo* rule, int variant,
-                cuda::Scalars scalars, size_t groups);
+                StorageTuple storage, cuda::Scalars scalars, size_t groups);
 
   cuda::Launcher& launcher() const { return launcher_; }
   c10::Device device() const { return device_; }

@@ -67,6 +67,8 @@ class Rehearsal final : public Launcher {
  public:
   int multiprocessors() override { return 2; }
 
+  Status load(const StorageTuple&, int, int) override { return nullptr; }
+
   Status update(const StorageTuple& storage, int rule, int variant, const DeviceTable& table,
                 const Scaler& scaler, Stream) override {
     ++updates;

@@ -1,0 +1,29 @@
+// A Launcher whose kernels Python launches: the Triton backend, see triton_kernels/multi_tensor.py.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "cuda/gpu.h"
+
+namespace fusedopt {
+
+// Gives a launch's numbers and addresses to `kernels`, an object with the methods multiprocessors,
+// load, update, prepare and floor. Called with the GIL held; what they raise passes through.
+class TritonLauncher final : public cuda::GpuLauncher {
+ public:
+  explicit TritonLauncher(pybind11::object kernels) : kernels_(std::move(kernels)) {}
+
+  int multiprocessors() override;
+  cuda::Status load(const StorageTuple& storage, int rule, int variant) override;
+  cuda::Status update(const StorageTuple& storage, int rule, int variant,
+                      const cuda::DeviceTable& table, const cuda::Scaler& scaler,
+                      cuda::Stream stream) override;
+  cuda::Status prepare(int rule, bool in_double, const cuda::PrepareTable& table,
+                       const cuda::Scaler& scaler, cuda::Stream stream) override;
+  cuda::Status floor(int states, const cuda::DeviceTable& table, cuda::Stream stream) override;
+
+ private:
+  pybind11::object kernels_;
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,49 @@
+"""Adagrad, a learning rate a coordinate: the twin of ``csrc/rules/adagrad.h``.
+
+    g   = grad + weight_decay * p
+    sum = sum + g^2
+    p   = p - lr / (1 + (step - 1) * lr_decay) * g / (sqrt(sum) + eps)
+
+Source, variant and deviations: see the header. State: sum, initial_accumulator_value, in the
+parameter's dtype.
+"""
+
+from typing import NamedTuple
+
+import triton.language as tl
+
+from .math import device, div, sqrt
+
+
+class Hyper(NamedTuple):
+    """What the user passed, in double."""
+
+    lr: tl.tensor
+    lr_decay: tl.tensor
+    weight_decay: tl.tensor
+    eps: tl.tensor
+
+
+class Scalars(NamedTuple):
+    """What a step's updates read."""
+
+    lr: tl.tensor  # after lr_decay
+    weight_decay: tl.tensor
+    eps: tl.tensor
+
+
+@device
+def prepare(h, step, first):
+    """The scalars of a step, in double."""
+    return Scalars(div(h.lr, 1.0 + (step - 1.0) * h.lr_decay), h.weight_decay, h.eps)
+
+
+@device
+def update(param, grad, state, s, VARIANT: tl.constexpr):
+    """The new parameter and states."""
+    sum = state[0]
+    if s.weight_decay != 0:
+        grad = grad + s.weight_decay * param
+    sum = sum + grad * grad
+    param = param - div(s.lr * grad, sqrt(sum) + s.eps)
+    return param, (sum,)

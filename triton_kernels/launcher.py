@@ -1,0 +1,208 @@
+"""Launches the kernels over tables: what ``csrc/cuda/launcher.h`` asks of a device, in Triton.
+
+All numbers are plain integers: addresses, counts, a stream's handle, a place in the registry, a
+place in `DType`. Calls are for the device that is current, and do not wait.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime import driver
+
+from fusedopt import _C
+
+from . import floor as traffic
+from .math import INTERPRETED
+from .multi_tensor import THREADS, Prepare, Update, fusedopt_update, fusedopt_update_prepare
+
+# In the order of `DType` in csrc/core/dtype.h.
+DTYPES = (tl.float32, tl.float64, tl.bfloat16, tl.float16)
+# Programs a multiprocessor: as many as it has threads for.
+PROGRAMS_EACH = 2048 // THREADS
+
+# Takes the number of programs, the stream and the kernel's arguments.
+Launch = Callable[..., None]
+
+
+@cache
+def rules() -> tuple[ModuleType, ...]:
+    """The rules' modules, in the order of the registry: a file here for each of its names."""
+    return tuple(import_module(f".{name}", __package__) for name in _C.rules())
+
+
+def update_of(rule: int, variant: int, param: int, grad: int, state: int) -> Update:
+    """What a rule's update is compiled for."""
+    module = rules()[rule]
+    states = len([*_C.rules().values()][rule]["states"][variant])
+    types = DTYPES[param], DTYPES[grad], DTYPES[state]
+    return Update(module.update, module.Scalars, tl.constexpr(variant), states, *types)
+
+
+def prepare_of(rule: int, in_double: bool) -> Prepare:
+    """What a rule's prepare is compiled for."""
+    module = rules()[rule]
+    compute = tl.float64 if in_double else tl.float32
+    return Prepare(module.prepare, module.Hyper, module.Scalars, compute)
+
+
+def floor_of(states: int) -> Update:
+    """What the traffic floor of a rule with so many states is compiled for."""
+    return Update(traffic.update, traffic.Scalars, tl.constexpr(0), states, *3 * [tl.float32])
+
+
+def kernel_of(instance: Update | Prepare) -> triton.runtime.KernelInterface:
+    """The kernel that an instance is compiled from, as profilers name it."""
+    return fusedopt_update if isinstance(instance, Update) else fusedopt_update_prepare
+
+
+def compile_for(target: GPUTarget, instance: Update | Prepare) -> CompiledKernel:
+    """Compiles the kernel of an instance."""
+    kernel = kernel_of(instance)
+    threads = THREADS if isinstance(instance, Update) else target.warp_size
+    return triton.compile(
+        ASTSource(
+            kernel,
+            {name: "constexpr" if name == "K" else "i64" for name in kernel.arg_names},
+            {"K": instance},
+        ),
+        target=target,
+        options={
+            "num_warps": threads // target.warp_size,
+            # Up to 3.8, fusing a multiplication and an addition is the default.
+            "enable_fp_fusion": False,
+            # Two programs a multiprocessor at least; without a number, CUDA's assembler spills here
+            # and there to reach three. Other targets do not know it.
+            "maxnreg": 65536 // (2 * THREADS),
+        },
+    )
+
+
+def launch_of(instance: Update | Prepare) -> Launch:
+    """The kernel of an instance, ready on the current device.
+
+    A launch goes to the compiled kernel itself: to look it up by its arguments, as calling the
+    decorated function does, would take longer than a small model's step.
+    """
+    if INTERPRETED:
+        return _interpreted(kernel_of(instance), instance)
+    compiled = compile_for(driver.active.get_current_target(), instance)
+    compiled[1, 1, 1]  # loads it, which a stream that is being captured would not allow
+
+    def launch(programs: int, stream: int, *arguments: int) -> None:
+        compiled[programs, 1, 1](*arguments, None, stream=stream)  # None: in place of K
+
+    return launch
+
+
+def _interpreted(kernel: triton.runtime.KernelInterface, instance: Update | Prepare) -> Launch:
+    import numpy as np
+
+    def launch(programs: int, stream: int, *arguments: int) -> None:
+        with np.errstate(all="ignore"):  # infinities and NaN are values like others
+            kernel[(programs,)](*arguments, instance)
+
+    return launch
+
+
+@cache
+def _update(device: int, *instance: int) -> Launch:
+    return launch_of(update_of(*instance))
+
+
+@cache
+def _prepare(device: int, rule: int, in_double: bool) -> Launch:
+    return launch_of(prepare_of(rule, in_double))
+
+
+@cache
+def _floor(device: int, states: int) -> Launch:
+    return launch_of(floor_of(states))
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return driver.active.utils.get_device_properties(device)["multiprocessor_count"]
+
+
+def _device() -> int:
+    return 0 if INTERPRETED else driver.active.get_current_device()
+
+
+class Launcher:
+    """The calls of `Launcher` in csrc/cuda/launcher.h that Triton can serve.
+
+    Rules and variants go by their place in the registry, dtypes by theirs in `DType`; an address
+    that is 0 is that of nothing. An update's table is `rows, chunks, layouts, slots, chunk_count`
+    of `DeviceTable`, a prepare's is `prepare, hypers, slots, slot_count` of `PrepareTable`.
+    """
+
+    def multiprocessors(self) -> int:
+        """Of the current device."""
+        return 1 if INTERPRETED else _multiprocessors(_device())
+
+    def load(self, rule: int, variant: int, param: int, grad: int, state: int) -> None:
+        """Compiles and loads what a table's steps launch, so that a capture finds it there."""
+        device = _device()
+        _update(device, rule, variant, param, grad, state)
+        _prepare(device, rule, DTYPES[param] == tl.float64)
+
+    def update(
+        self,
+        rule: int,
+        variant: int,
+        param: int,
+        grad: int,
+        state: int,
+        rows: int,
+        chunks: int,
+        layouts: int,
+        slots: int,
+        chunk_count: int,
+        grad_scale: int,
+        found_inf: int,
+        stream: int,
+    ) -> None:
+        """Updates a table's rows, whose storage types are `param`, `grad` and `state`."""
+        launch = _update(_device(), rule, variant, param, grad, state)
+        table = rows, chunks, layouts, slots, chunk_count
+        launch(self._programs(chunk_count), stream, *table, grad_scale, found_inf)
+
+    def prepare(
+        self,
+        rule: int,
+        in_double: bool,
+        prepare: int,
+        hypers: int,
+        slots: int,
+        slot_count: int,
+        found_inf: int,
+        stream: int,
+    ) -> None:
+        """Fills a table's scalar slots from numbers on the device."""
+        launch = _prepare(_device(), rule, in_double)
+        launch(slot_count, stream, prepare, hypers, slots, found_inf)
+
+    def floor(
+        self,
+        states: int,
+        rows: int,
+        chunks: int,
+        layouts: int,
+        slots: int,
+        chunk_count: int,
+        stream: int,
+    ) -> None:
+        """Moves the traffic of a rule with so many states, over fp32 rows."""
+        launch = _floor(_device(), states)
+        table = rows, chunks, layouts, slots, chunk_count
+        launch(self._programs(chunk_count), stream, *table, 0, 0)
+
+    def _programs(self, chunks: int) -> int:
+        """As many as run at once: each walks the chunks in steps of the grid."""
+        return min(chunks, PROGRAMS_EACH * self.multiprocessors())

@@ -1,0 +1,70 @@
+"""Stochastic gradient descent with momentum: the twin of ``csrc/rules/sgd.h``.
+
+    g = grad + weight_decay * p
+    b = g                                   on the first step (no dampening)
+    b = momentum * b + (1 - dampening) * g  afterwards
+    d = g + momentum * b (Nesterov), b (momentum), g (plain)
+    p = p - lr * d
+
+Source, variant and deviations: see the header. State: momentum_buffer, zero, in the parameter's
+dtype, absent when momentum is 0.
+"""
+
+from typing import NamedTuple
+
+import triton.language as tl
+
+from .math import device
+
+
+class Hyper(NamedTuple):
+    """What the user passed, in double; a bool is 0 or 1."""
+
+    lr: tl.tensor
+    momentum: tl.tensor
+    dampening: tl.tensor
+    weight_decay: tl.tensor
+    nesterov: tl.tensor
+
+
+PLAIN = tl.constexpr(0)
+NESTEROV = tl.constexpr(2)
+
+
+class Scalars(NamedTuple):
+    """What a step's updates read."""
+
+    lr: tl.tensor
+    weight_decay: tl.tensor
+    momentum: tl.tensor  # of the look-ahead, every step
+    buffer_decay: tl.tensor  # momentum, 0 on the first step
+    buffer_weight: tl.tensor  # 1 - dampening, 1 on the first step
+
+
+@device
+def prepare(h, step, first):
+    """The scalars of a step, in double."""
+    return Scalars(
+        h.lr,
+        h.weight_decay,
+        h.momentum,
+        tl.where(first, 0.0, h.momentum),
+        tl.where(first, 1.0, 1.0 - h.dampening),
+    )
+
+
+@device
+def update(param, grad, state, s, VARIANT: tl.constexpr):
+    """The new parameter and states."""
+    if s.weight_decay != 0:
+        grad = grad + s.weight_decay * param
+    if VARIANT != PLAIN:
+        buffer = state[0]
+        buffer = s.buffer_decay * buffer + s.buffer_weight * grad
+        if VARIANT == NESTEROV:
+            grad = grad + s.momentum * buffer
+        else:
+            grad = buffer
+        state = (buffer,)
+    param = param - s.lr * grad
+    return param, state
