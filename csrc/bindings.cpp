@@ -17,6 +17,10 @@ at::Tensor tensor_or_undefined(const py::object& object) {
   return object.is_none() ? at::Tensor() : THPVariable_Unpack(object.ptr());
 }
 
+at::Tensor local_or_undefined(const py::object& object) {
+  return object.is_none() ? at::Tensor() : THPVariable_Unpack(local_of(object.ptr()).tensor);
+}
+
 // The states a param group's flags ask for, in the order of torch's state_dict but for `step`.
 std::vector<std::string> state_names(const std::string& rule_name, const py::dict& group) {
   const RuleInfo& rule = find_rule(rule_name);
@@ -78,13 +82,21 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "why_not_fused",
       [](const py::object& param, const py::object& grad) {
-        return why_not_fused(tensor_or_undefined(param), tensor_or_undefined(grad));
+        const std::string reason = why_not_local(param.ptr(), grad.ptr());
+        if (!reason.empty()) return reason;
+        return why_not_fused(local_or_undefined(param), local_or_undefined(grad));
       },
       py::arg("param"), py::arg("grad"));
   m.def(
       "why_state_unfit",
       [](const py::object& param, const py::object& state) {
-        return why_state_unfit(tensor_or_undefined(param), tensor_or_undefined(state));
+        if (!same_placement(local_of(param.ptr()).spec, local_of(state.ptr()).spec)) {
+          return std::string("a state is distributed over the ranks in another way");
+        }
+        if (tensor_or_undefined(param).sizes() != tensor_or_undefined(state).sizes()) {
+          return std::string("a state has another shape");
+        }
+        return why_state_unfit(local_or_undefined(param), local_or_undefined(state));
       },
       py::arg("param"), py::arg("state"));
   m.def(
@@ -100,7 +112,9 @@ PYBIND11_MODULE(_C, m) {
         std::vector<std::vector<at::Tensor>> tensors;
         for (const py::handle row : rows) {
           std::vector<at::Tensor>& arrays = tensors.emplace_back();
-          for (const py::handle tensor : row) arrays.push_back(THPVariable_Unpack(tensor.ptr()));
+          for (const py::handle tensor : row) {
+            arrays.push_back(THPVariable_Unpack(local_of(tensor.ptr()).tensor));
+          }
         }
         return overlapping_rows(tensors);
       },

@@ -79,8 +79,12 @@ GroupValues StepPlan::read_group(const Group& group, const py::dict& dict) const
 }
 
 void StepPlan::add_row(int group, const py::object& param, const py::dict& state, HostRow host) {
-  const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
-  const at::Tensor& grad = tensor.grad().defined() ? tensor.grad() : tensor;
+  const Local local = local_of(param.ptr());
+  const at::Tensor& tensor = THPVariable_Unpack(local.tensor);
+  const py::object grad_or_none = param.attr("grad");
+  const Local local_grad = grad_or_none.is_none() ? local : local_of(grad_or_none.ptr());
+  const at::Tensor& grad = THPVariable_Unpack(local_grad.tensor);
+  Wrapping wrapping{static_cast<int>(rows_.size())};
   const StateNames names = rule_.states(groups_[group].variant);
   std::vector<at::Tensor> arrays = {tensor, grad};
   const GroupValues& values = groups_[group].values;
@@ -89,7 +93,9 @@ void StepPlan::add_row(int group, const py::object& param, const py::dict& state
   if (names.count > 0 || rule_.has_step) {
     const auto entry = py::reinterpret_borrow<py::dict>(state[param]);
     for (int k = 0; k < names.count; ++k) {
-      arrays.push_back(THPVariable_Unpack(py::object(entry[names.names[k]]).ptr()));
+      const Local local_state = local_of(py::object(entry[names.names[k]]).ptr());
+      arrays.push_back(THPVariable_Unpack(local_state.tensor));
+      wrapping.state_specs[k] = py::reinterpret_borrow<py::object>(local_state.spec);
     }
     host.schema = schema_for(entry, names);
     host.roles = static_cast<uint8_t>((1u << names.count) - 1);
@@ -134,6 +140,12 @@ void StepPlan::add_row(int group, const py::object& param, const py::dict& state
   if (auto layout = strided_layout(arrays)) {
     row.layout = static_cast<int32_t>(table.layouts.size());
     table.layouts.push_back(std::move(*layout));
+  }
+  if (local.spec != nullptr) {
+    wrapping.param_spec = py::reinterpret_borrow<py::object>(local.spec);
+    wrapping.grad_spec = py::reinterpret_borrow<py::object>(local_grad.spec);
+    host.wrapping = static_cast<int>(wrappings_.size());
+    wrappings_.push_back(std::move(wrapping));
   }
   rows_.push_back(std::move(host));
 }
@@ -282,6 +294,13 @@ void StepPlan::commit(size_t begin, size_t end) {
     host.impl->bump_version();
     for (int k = 0; k <= kMaxStates; ++k) {
       if (host.has(k)) host.states[k]->bump_version();
+    }
+    if (host.wrapping >= 0) {
+      const Wrapping& wrapping = wrappings_[host.wrapping];
+      wrapping.param->bump_version();
+      for (int k = 0; k < kMaxStates; ++k) {
+        if (host.has(k)) wrapping.states[k]->bump_version();
+      }
     }
     if (!host.has(kStep) || host.step_on_device) continue;
     if (host.step_is_double) {

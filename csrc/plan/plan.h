@@ -23,6 +23,7 @@
 
 #include "core/registry.h"
 #include "plan/device.h"
+#include "plan/dtensor.h"
 #include "plan/hyper.h"
 
 namespace fusedopt {
@@ -86,6 +87,7 @@ class StepPlan {
     int table;
     int row;
     int schema = -1;
+    int wrapping = -1;  // where its parameter is a DTensor: index in `wrappings_`
     uint32_t sizes, param_strides, grad_strides, state_strides[kMaxStates];
     int8_t param_type, grad_type, state_type;  // at::ScalarType
     uint8_t ndim;
@@ -97,6 +99,15 @@ class StepPlan {
     bool fresh = false;  // the state was created for the row's first step, still to come
 
     bool has(int role) const { return ((roles >> role) & 1) != 0; }
+  };
+
+  // The outside of a row whose parameter and states are DTensors; the row has their local tensors.
+  struct Wrapping {
+    int row;
+    c10::TensorImpl* param = nullptr;
+    c10::TensorImpl* states[kMaxStates] = {};
+    // Specs that were found to cut the tensors alike; whoever has one of them needs no comparison.
+    py::object param_spec = {}, grad_spec = {}, state_specs[kMaxStates] = {};
   };
 
   struct SlotKey {
@@ -136,6 +147,8 @@ class StepPlan {
   GroupValues read_group(const Group& group, const py::dict& dict) const;
   const char* refresh_groups(const py::list& param_groups);
   const char* refresh_entries(PyObject* state);
+  const char* refresh_wrapping(Wrapping& wrapping);
+  PyObject* unwrapped_state(const HostRow& host, int role, PyObject* state);
   const char* refresh_rows(size_t begin, size_t end);
   static bool find_state_tensors(const Schema& schema, PyObject* state, PyObject** objects);
   const char* refresh_row(HostRow& host);
@@ -155,6 +168,7 @@ class StepPlan {
   std::vector<Group> groups_;
   std::vector<Schema> schemas_;
   std::vector<HostRow> rows_;
+  std::vector<Wrapping> wrappings_;
   std::vector<PyObject*> state_dicts_;  // a row's entry of optimizer.state; null when it has none
   std::vector<PyObject*> idle_;
   std::vector<StateEntry> entries_;

@@ -71,6 +71,9 @@ inline bool StepPlan::fits(const c10::TensorImpl& tensor, int8_t type, const Hos
 std::optional<std::string> StepPlan::refresh(const py::list& param_groups, const py::dict& state) {
   const char* reason = refresh_groups(param_groups);
   if (reason == nullptr) reason = refresh_entries(state.ptr());
+  for (Wrapping& wrapping : wrappings_) {
+    if (reason == nullptr) reason = refresh_wrapping(wrapping);
+  }
   if (reason == nullptr) {
     std::atomic<const char*> found{nullptr};
     for_blocks(rows_.size(), [&](size_t begin, size_t end) {
@@ -125,6 +128,40 @@ const char* StepPlan::refresh_entries(PyObject* state) {
   return entry == entries_.size() ? nullptr : kStateChanged;
 }
 
+// Opens a DTensor parameter and its gradient, which may come with a new spec from every backward.
+const char* StepPlan::refresh_wrapping(Wrapping& wrapping) {
+  HostRow& host = rows_[wrapping.row];
+  const Local param = local_of(host.param.ptr());
+  if (param.spec == nullptr || param.spec != wrapping.param_spec.ptr()) {
+    return "a parameter is distributed over the ranks in another way";
+  }
+  wrapping.param = THPVariable_Unpack(host.param.ptr()).unsafeGetTensorImpl();
+  host.impl = THPVariable_Unpack(param.tensor).unsafeGetTensorImpl();
+  host.grad = nullptr;
+  const at::Tensor& outer = const_cast<const c10::TensorImpl*>(wrapping.param)->grad();
+  if (!outer.defined()) return nullptr;
+  // The tensor keeps its Python object, and that one its local tensor, when this reference is gone.
+  const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(outer));
+  const Local grad = local_of(object.ptr());
+  if (grad.spec != wrapping.grad_spec.ptr()) {
+    if (!same_placement(grad.spec, param.spec)) {
+      return "a gradient is distributed over the ranks in another way";
+    }
+    wrapping.grad_spec = py::reinterpret_borrow<py::object>(grad.spec);
+  }
+  host.grad = THPVariable_Unpack(grad.tensor).unsafeGetTensorImpl();
+  return nullptr;
+}
+
+// The local tensor of a DTensor row's state, null if it is another tensor than the plan was built for.
+PyObject* StepPlan::unwrapped_state(const HostRow& host, int role, PyObject* state) {
+  Wrapping& wrapping = wrappings_[host.wrapping];
+  const Local local = local_of(state);
+  if (local.spec == nullptr || local.spec != wrapping.state_specs[role].ptr()) return nullptr;
+  wrapping.states[role] = THPVariable_Unpack(state).unsafeGetTensorImpl();
+  return local.tensor;
+}
+
 const char* StepPlan::refresh_rows(size_t begin, size_t end) {
   for (size_t r = begin; r < end; ++r) {
     prefetch<1>(rows_[r].param.ptr());
@@ -138,7 +175,7 @@ const char* StepPlan::refresh_rows(size_t begin, size_t end) {
   PyObject* objects[kRowBlock][kMaxStates + 1];
   for (size_t r = begin; r < end; ++r) {
     HostRow& host = rows_[r];
-    host.impl = THPVariable_Unpack(host.param.ptr()).unsafeGetTensorImpl();
+    if (host.wrapping < 0) host.impl = THPVariable_Unpack(host.param.ptr()).unsafeGetTensorImpl();
     prefetch_tensor(host.impl);
     if (state_dicts_[r] == nullptr) continue;
     if (!find_state_tensors(schemas_[host.schema], state_dicts_[r], objects[r - begin])) {
@@ -149,10 +186,12 @@ const char* StepPlan::refresh_rows(size_t begin, size_t end) {
     HostRow& host = rows_[r];
     for (int k = 0; k <= kMaxStates; ++k) {
       if (!host.has(k)) continue;
-      if (!THPVariable_CheckExact(objects[r - begin][k])) {
-        return "a state is no longer a plain tensor";
+      PyObject* object = objects[r - begin][k];
+      if (host.wrapping >= 0 && k != kStep) object = unwrapped_state(host, k, object);
+      if (object == nullptr || !THPVariable_CheckExact(object)) {
+        return "a state is another kind of tensor";
       }
-      host.states[k] = THPVariable_Unpack(objects[r - begin][k]).unsafeGetTensorImpl();
+      host.states[k] = THPVariable_Unpack(object).unsafeGetTensorImpl();
       prefetch_tensor(host.states[k]);
     }
     if (host.impl->autograd_meta() != nullptr) prefetch<128>(host.impl->autograd_meta());
@@ -163,8 +202,10 @@ const char* StepPlan::refresh_rows(size_t begin, size_t end) {
     for (int k = 0; k <= kMaxStates; ++k) {
       if (host.has(k)) prefetch_storage(*host.states[k]);
     }
-    const at::Tensor& grad = const_cast<const c10::TensorImpl*>(host.impl)->grad();
-    host.grad = grad.defined() ? grad.unsafeGetTensorImpl() : nullptr;
+    if (host.wrapping < 0) {
+      const at::Tensor& grad = const_cast<const c10::TensorImpl*>(host.impl)->grad();
+      host.grad = grad.defined() ? grad.unsafeGetTensorImpl() : nullptr;
+    }
     if (host.grad != nullptr) prefetch_tensor(host.grad);
   }
   for (size_t r = begin; r < end; ++r) {
