@@ -291,16 +291,13 @@ void StepPlan::commit(size_t begin, size_t end) {
     HostRow& host = rows_[r];
     if (!host.active) continue;
     host.fresh = false;
-    host.impl->bump_version();
+    // Of a DTensor torch bumps the outside alone: a view made by to_local() outlives a step.
+    const Wrapping* wrapping = host.wrapping < 0 ? nullptr : &wrappings_[host.wrapping];
+    (wrapping != nullptr ? wrapping->param : host.impl)->bump_version();
     for (int k = 0; k <= kMaxStates; ++k) {
-      if (host.has(k)) host.states[k]->bump_version();
-    }
-    if (host.wrapping >= 0) {
-      const Wrapping& wrapping = wrappings_[host.wrapping];
-      wrapping.param->bump_version();
-      for (int k = 0; k < kMaxStates; ++k) {
-        if (host.has(k)) wrapping.states[k]->bump_version();
-      }
+      if (!host.has(k)) continue;
+      const bool wrapped = wrapping != nullptr && k != kStep;
+      (wrapped ? wrapping->states[k] : host.states[k])->bump_version();
     }
     if (!host.has(kStep) || host.step_on_device) continue;
     if (host.step_is_double) {
