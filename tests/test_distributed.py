@@ -274,6 +274,31 @@ def gradients_of_other_placements_are_torchs(world, mesh):
         assert_ours(optimizers[0])
         assert_equal_pair(networks, optimizers)
 
+        state = optimizers[0].state[param]
+        state["exp_avg"] = state["exp_avg"].redistribute(placements=[Replicate()])
+        (route,) = optimizers[0].routes()
+        assert route.reason == "a state is distributed over the ranks in another way"
+        step_pair(networks, optimizers, [4])
+        assert optimizers[0]._packed.rows == 0
+        torch.testing.assert_close(whole(param), other.detach(), rtol=2e-6, atol=2e-6)
+
+    # Of one element, the first rank holds the same under either placement, and must not go its own
+    # way: what torch does takes all ranks.
+    param = torch.nn.Parameter(distribute_tensor(torch.ones(1), mesh, [Shard(0)]))
+    optimizer = fusedopt.AdamW([param])
+    set_sharded_grads([param], 0)
+    optimizer.step()
+    for placement in (Replicate(), Partial()):
+        param.grad = DTensor.from_local(torch.ones(1), mesh, [placement])
+        assert optimizer._packed.refresh() is not None
+        assert optimizer.routes()[0].backend == "torch"
+    set_sharded_grads([param], 0)
+    assert optimizer._packed.refresh() is None
+    replicated = DTensor.from_local(torch.ones(1), mesh, [Replicate()])
+    optimizer.state[param]["exp_avg"] = replicated
+    assert optimizer._packed.refresh() is not None
+    assert optimizer.routes()[0].backend == "torch"
+
     partial = torch.nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     partial.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
     (route,) = fusedopt.AdamW([partial]).routes()
@@ -515,6 +540,7 @@ def results(tmp_path_factory):
     return ranks.run(CHECKS, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [function.__name__ for function in CHECKS])
 def test_on_three_ranks(results, name):
     assert results[name] == "", results[name]
