@@ -5,6 +5,7 @@ constructors, errors, ``state_dict`` and trajectories stay torch's. ``python -m 
 was built and which backend each device gets.
 """
 
+from fusedopt import functional
 from fusedopt.adagrad import Adagrad
 from fusedopt.adam import Adam
 from fusedopt.adamw import AdamW
@@ -24,4 +25,5 @@ __all__ = [
     "Route",
     "cpu_tier",
     "cpu_tiers",
+    "functional",
 ]

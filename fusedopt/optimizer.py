@@ -10,6 +10,7 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame as _eval_frame
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fusedopt import amp
@@ -157,6 +158,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     step.__name__ = "step"
     step.__qualname__ = "FusedOptimizer.step"
     step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it again
+
+    # A function under torch.compile calls a step as it is: its graph breaks there, and no frame of
+    # ours is traced, which would end in frames that are compiled anew with every plan. This is what
+    # torch.compiler.disable does, less its wrapper, which costs as much as a small step.
+    step._torchdynamo_disable = True  # type: ignore[attr-defined]
+    step._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+        "a step is kernels already; with fullgraph=True, call torch.ops.fusedopt's instead"
+    )
+    _eval_frame.set_code_exec_strategy(
+        step.__code__,
+        _eval_frame._FrameExecStrategy(
+            _eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.SKIP
+        ),
+    )
 
     def _pack(self) -> Packed:
         self._packed = None  # first: a plan that no longer fits must not survive a failure

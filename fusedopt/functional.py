@@ -1,0 +1,246 @@
+"""The steps as operators: ``torch.ops.fusedopt.<rule>_``, one for every rule.
+
+An operator is one step without an optimizer object: it updates the parameters and the states it is
+given, in place, through the plan and the kernels that the classes use, with the same bits. It is
+known to torch.compile, torch.export and fake tensors, so a compiled function may contain it::
+
+    torch.ops.fusedopt.<rule>_(params, grads, *, <state>s..., state_steps, <hyperparameters>...)
+
+The formula of a rule is in its class (``help(fusedopt.AdamW)`` for ``adamw_``).
+
+Args:
+    params: Tensors to update; of any shape, floating or complex.
+    grads: Their gradients, in the same order and of the same shapes. ``.grad`` is not looked at.
+    <state>s: For each state tensor of ``state_dict()`` a list, its name with an "s": ``exp_avgs``,
+        ``momentum_buffers``, ``sums``. One tensor a parameter, of its shape, all zero before the
+        first step (but for Adagrad's ``initial_accumulator_value``); an empty list where the
+        hyperparameters ask for no such state.
+    state_steps: One tensor of one element a parameter, float32 or float64, on the CPU or on the
+        parameter's device, that counts the steps before this one. Rules that count none do not
+        have it.
+    is_first_step: Only where there are no counts: the buffers are new, which SGD's momentum takes
+        without dampening (default: False).
+    <hyperparameters>: As the constructor's, with its defaults; ``betas`` are ``beta1`` and
+        ``beta2``. ``lr`` is a number, or in the overload ``tensor_lr`` a tensor of one element,
+        without a default. ``foreach``, ``fused``, ``capturable`` and ``differentiable`` are not
+        there: nothing would follow from them.
+
+Raises:
+    ValueError: A hyperparameter out of range (torch's message); a list of the wrong length; a
+        tensor that kernels cannot update (sparse, of another shape, a subclass, sharing memory, on
+        a device without kernels), which the message names. Nothing is passed on to torch.optim.
+    RuntimeError: Gradients are enabled and an argument requires one; a class of an argument is
+        wrong (torch's message).
+
+    Nothing is changed then.
+
+Example:
+    >>> import torch, fusedopt
+    >>> weight, grad = torch.ones(3), torch.full((3,), 0.5)
+    >>> momentum_buffer = torch.zeros(3)
+    >>> torch.ops.fusedopt.sgd_(
+    ...     [weight], [grad], momentum_buffers=[momentum_buffer], lr=0.1, momentum=0.9
+    ... )
+    >>> weight
+    tensor([0.9500, 0.9500, 0.9500])
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from string import ascii_lowercase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt._extension import _C
+from fusedopt.backends import Backend, backend_for
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.packing import Group, Row, why_state_torch, why_torch
+
+_LIBRARY = torch.library.Library("fusedopt", "DEF")
+
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
+
+
+class _Step:
+    """The step of a rule, with what an operator needs to know of its class."""
+
+    def __init__(self, optimizer_class: type[FusedOptimizer]) -> None:
+        self.optimizer_class = optimizer_class
+        self.rule = optimizer_class._rule
+        self.name = f"{self.rule}_"
+        rule = _C.rules()[self.rule]
+        self.has_step: bool = rule["has_step"]
+        # In the order in which variants of the rule begin to use them.
+        self.states = list(dict.fromkeys(name for names in rule["states"] for name in names))
+        # The keywords: those of the constructor that the rule reads. A tuple has one an element,
+        # as in torch's functional API. What its class fixes (a flag of the rule) has none.
+        constructor = inspect.signature(optimizer_class).parameters
+        self.tuples: dict[str, list[str]] = {}
+        self.defaults: dict[str, float | bool] = {}
+        for key in (name for name in constructor if name in {*rule["hyper"], "maximize"}):
+            default = constructor[key].default
+            if isinstance(default, tuple):
+                self.tuples[key] = [f"{key.removesuffix('s')}{i + 1}" for i in range(len(default))]
+                self.defaults.update(zip(self.tuples[key], default, strict=True))
+            else:
+                self.defaults[key] = default
+
+    def schema(self, overload: str) -> str:
+        """The schema of an overload: "" has a number for lr, "tensor_lr" a tensor."""
+        mutable = iter(ascii_lowercase)
+        lists = [f"{name}s" for name in self.states] + ["state_steps"] * self.has_step
+        arguments = [f"Tensor({next(mutable)}!)[] params", "Tensor[] grads", "*"]
+        arguments += [f"Tensor({next(mutable)}!)[] {name}" for name in lists]
+        if overload:
+            arguments.append("Tensor lr")
+        if not self.has_step:
+            arguments.append("bool is_first_step=False")
+        for name, default in self.defaults.items():
+            if not (overload and name == "lr"):
+                kind = "bool" if isinstance(default, bool) else "float"
+                arguments.append(f"{kind} {name}={default}")
+        return f"{self.name}{'.' * bool(overload)}{overload}({', '.join(arguments)}) -> ()"
+
+    def __call__(self, params: list[Tensor], grads: list[Tensor], **kwargs: Any) -> None:
+        """The kernel of the operator, for every device."""
+        group = self._group(kwargs)
+        names = _C.state_names(self.rule, group)
+        self._check_lengths(len(params), grads, names, kwargs)
+        # A plan reads a parameter's own `.grad`, so it gets aliases, which share everything of the
+        # parameters but that: memory, storage and version counter.
+        group["params"] = aliases = [param.detach() for param in params]
+        backends = {kind: backend_for(kind) for kind in {alias.device.type for alias in aliases}}
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        for index, (alias, grad) in enumerate(zip(aliases, grads, strict=True)):
+            states = {name: kwargs[f"{name}s"][index] for name in names}
+            self._attach_grad(group, index, grad, backends[alias.device.type])
+            self._check_states(index, alias, states)
+            if self.has_step:
+                self._check_step(index, alias, kwargs["state_steps"][index])
+                states["step"] = kwargs["state_steps"][index]
+            state[alias] = states
+        shared = _C.overlapping([[alias, *states.values()] for alias, states in state.items()])
+        if shared:
+            listed = " and ".join(f"params[{index}]" for index in shared)
+            raise ValueError(
+                f"{self.name}: {listed} share memory, of their own or of their states; give each "
+                "parameter once, with tensors of its own"
+            )
+        rows: list[Row] = [(0, alias, bool(kwargs.get("is_first_step")), None) for alias in aliases]
+        launchers = {
+            kind: launcher
+            for kind, backend in backends.items()
+            if backend is not None and (launcher := backend.launcher()) is not None
+        }
+        plan = _C.StepPlan(self.rule, [group], state, rows, [], launchers, _C.CapturedTables())
+        reason = plan.refresh([group], state)
+        if reason is not None:
+            raise ValueError(f"{self.name}: the step cannot be prepared: {reason}")
+        plan.launch()
+
+    def _group(self, kwargs: dict[str, Any]) -> Group:
+        """A param group of these hyperparameters, once the constructor finds them valid."""
+        hyper = {name: kwargs.get(name, default) for name, default in self.defaults.items()}
+        for key, names in self.tuples.items():
+            hyper[key] = tuple(hyper.pop(name) for name in names)
+        return self.optimizer_class([torch.empty(0)], **hyper).param_groups[0]
+
+    def _check_lengths(
+        self, count: int, grads: list[Tensor], names: list[str], kwargs: dict[str, Any]
+    ) -> None:
+        wanted = {"grads": count, **{f"{n}s": count * (n in names) for n in self.states}}
+        if self.has_step:
+            wanted["state_steps"] = count
+        for name, length in wanted.items():
+            got = len(grads if name == "grads" else kwargs[name])
+            if got == length:
+                continue
+            if length or not count:
+                remedy = f"it must have {count}, one for each of params, in the same order"
+            else:
+                remedy = "these hyperparameters use no such state; give []"
+            raise ValueError(f"{self.name}: {name} has {got} tensors; {remedy}")
+
+    def _attach_grad(self, group: Group, index: int, grad: Tensor, backend: Backend | None) -> None:
+        alias = group["params"][index]
+        reason = why_torch(group, alias, backend) or _C.why_not_fused(alias, grad)
+        if reason:
+            raise ValueError(
+                f"{self.name} cannot update params[{index}] of shape {tuple(alias.shape)}: "
+                f"{reason}; leave it out and step it with torch.optim"
+            )
+        alias.grad_dtype = grad.dtype
+        alias.grad = grad
+
+    def _check_states(self, index: int, alias: Tensor, states: dict[str, Tensor]) -> None:
+        for name, value in states.items():
+            reason = _C.why_state_unfit(alias, value)
+            if reason:
+                raise ValueError(
+                    f"{self.name}: {name}s[{index}] is {value.dtype} of shape "
+                    f"{tuple(value.shape)}, and params[{index}] {alias.dtype} of shape "
+                    f"{tuple(alias.shape)}: {reason}; give one made by "
+                    f"torch.zeros_like(params[{index}])"
+                )
+        reason = why_state_torch(alias, list(states.values()))
+        if reason:
+            raise ValueError(
+                f"{self.name} cannot update params[{index}]: {reason}; give states of the "
+                "parameter's dtype"
+            )
+
+    def _check_step(self, index: int, alias: Tensor, step: Tensor) -> None:
+        fits = step.numel() == 1 and step.dtype in (torch.float32, torch.float64)
+        if not fits or step.device not in (alias.device, torch.device("cpu")):
+            raise ValueError(
+                f"{self.name}: state_steps[{index}] is {step.dtype} of shape {tuple(step.shape)} "
+                f"on {step.device}; it must be one float32 or float64 number on the CPU or on "
+                f"{alias.device}; give torch.tensor(0.0) before the first step"
+            )
+
+
+def _requires_grad(values: Sequence[Any]) -> bool:
+    tensors = (t for v in values for t in (v if isinstance(v, (list, tuple)) else [v]))
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _below_autograd(name: str, operator: torch._ops.OpOverload) -> Callable[..., None]:
+    """The operator's autograd kernel: no gradient flows through a step."""
+
+    def run(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> None:
+        # As every operation in place on a leaf. Elsewhere a gradient would be wrong in silence.
+        if torch.is_grad_enabled() and _requires_grad([*args, *kwargs.values()]):
+            raise RuntimeError(
+                f"{name} has no gradient, and an argument has requires_grad=True; call it under "
+                "torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            operator.redispatch(keys & _AFTER_AUTOGRAD, *args, **kwargs)
+
+    return run
+
+
+def _class_of(rule: str) -> type[FusedOptimizer]:
+    """The class that names the rule, in the module that has the rule's name."""
+    candidates = vars(importlib.import_module(f"fusedopt.{rule}")).values()
+    return next(c for c in candidates if isinstance(c, type) and vars(c).get("_rule") == rule)
+
+
+def _define(step: _Step) -> None:
+    # The overload that takes a tensor comes first: the other would take one too, as a number.
+    for overload in ("tensor_lr", ""):
+        _LIBRARY.define(step.schema(overload), tags=(torch.Tag.pt2_compliant_tag,))
+        name = f"{step.name}{'.' * bool(overload)}{overload}"
+        operator = getattr(getattr(torch.ops.fusedopt, step.name), overload or "default")
+        _LIBRARY.impl(name, step, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _below_autograd(step.name, operator), "Autograd", with_keyset=True)
+        torch.library.register_fake(f"fusedopt::{name}", lambda *_, **__: None, lib=_LIBRARY)
+
+
+for _rule in _C.rules():
+    _define(_Step(_class_of(_rule)))
