@@ -22,8 +22,8 @@ Args:
         without dampening (default: False).
     <hyperparameters>: As the constructor's, with its defaults; ``betas`` are ``beta1`` and
         ``beta2``. ``lr`` is a number, or in the overload ``tensor_lr`` a tensor of one element,
-        without a default. ``foreach``, ``fused``, ``capturable`` and ``differentiable`` are not
-        there: nothing would follow from them.
+        whose value is not checked. ``foreach``, ``fused``, ``capturable`` and ``differentiable``
+        are not there: nothing would follow from them.
 
 Raises:
     ValueError: A hyperparameter out of range (torch's message); a list of the wrong length; a
@@ -148,7 +148,10 @@ class _Step:
         hyper = {name: kwargs.get(name, default) for name, default in self.defaults.items()}
         for key, names in self.tuples.items():
             hyper[key] = tuple(hyper.pop(name) for name in names)
-        return self.optimizer_class([torch.empty(0)], **hyper).param_groups[0]
+        # The constructor would look into a tensor, and so wait for its device.
+        tensors = {key: value for key, value in hyper.items() if isinstance(value, Tensor)}
+        valid = {**hyper, **{key: self.defaults[key] for key in tensors}}
+        return {**self.optimizer_class([torch.empty(0)], **valid).param_groups[0], **tensors}
 
     def _check_lengths(
         self, count: int, grads: list[Tensor], names: list[str], kwargs: dict[str, Any]
@@ -240,6 +243,11 @@ def _define(step: _Step) -> None:
         _LIBRARY.impl(name, step, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, _below_autograd(step.name, operator), "Autograd", with_keyset=True)
         torch.library.register_fake(f"fusedopt::{name}", lambda *_, **__: None, lib=_LIBRARY)
+    packet = getattr(torch.ops.fusedopt, step.name)
+    packet.__doc__ = (
+        f"One step of fusedopt.{step.optimizer_class.__name__}, in place; see fusedopt.functional."
+        f"\n\n    {step.schema('')}\n    {step.schema('tensor_lr')}\n"
+    )
 
 
 for _rule in _C.rules():
