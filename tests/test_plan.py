@@ -142,6 +142,90 @@ def test_swapped_tensors_are_seen():
     pair.step(3)
 
 
+CONVERSIONS = {
+    "clone": lambda module: module._apply(torch.clone),
+    "channels_last": lambda module: module.to(memory_format=torch.channels_last),
+    "double": lambda module: module.double(),
+    "bfloat16": lambda module: module.to(torch.bfloat16),
+    "there and back": lambda module: module.double().float(),
+}
+
+
+@pytest.mark.parametrize("keep_gradients", [False, True], ids=["no gradients", "gradients"])
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_module_converted_by_swapping_its_parameters_is_seen(case, conversion, keep_gradients):
+    """After steps were taken. Where torch.optim cannot go on, neither can we, for its reason.
+
+    But for bf16 parameters whose states stayed in fp32: kernels update these.
+    """
+    outcomes = []
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for optimizer_class in (case.fused(), case.torch_class):
+            module = torch.nn.Conv2d(3, 4, 2)
+            params = [*module.parameters()]
+            for param, value in zip(params, make_params([(4, 3, 2, 2), (4,)]), strict=True):
+                param.data.copy_(value.detach())
+            optimizer = optimizer_class(params, lr=0.05)
+            for step in range(2):
+                set_grads(params, step)
+                optimizer.step()
+            if not keep_gradients:
+                optimizer.zero_grad()
+            before = [id(param) for param in params]
+            CONVERSIONS[conversion](module)
+            assert [id(param) for param in module.parameters()] == before
+            try:
+                for step in range(2, 4):
+                    if not keep_gradients or step > 2:
+                        set_grads(params, step)
+                    optimizer.step()
+                error = None
+            except RuntimeError as raised:
+                error = str(raised)
+            steps = [optimizer.state.get(param, {}).get("step") for param in params]
+            outcomes.append((error, steps, [param.detach() for param in params]))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    (error, steps, ours), (its_error, its_steps, theirs) = outcomes
+    if its_error is not None and conversion == "bfloat16":
+        assert error is None
+        return
+    assert error == its_error
+    if error is None:
+        assert steps == its_steps
+    tolerance = 2e-2 if ours[0].dtype == torch.bfloat16 else 2e-6
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_parameters_swapped_with_each_other_are_seen():
+    """Each takes the other's memory; the states stay with the objects."""
+    pair = Pair(params=make_params([(8, 6), (8, 6)]))
+    pair.step(2)
+
+    def swap(params, optimizer):
+        optimizer.zero_grad()
+        torch.utils.swap_tensors(params[0], params[1])
+
+    pair.both(swap)
+    pair.step(3)
+
+
+def test_swapped_states_are_seen():
+    pair = Pair()
+    pair.step(2)
+
+    def swap(params, optimizer):
+        state = optimizer.state[params[0]]
+        torch.utils.swap_tensors(state["exp_avg"], state["exp_avg_sq"].clone())
+
+    pair.both(swap)
+    pair.step(2)
+
+
 def test_a_state_whose_storage_moved_is_seen():
     pair = Pair()
     pair.step(2)
