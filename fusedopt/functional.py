@@ -181,21 +181,21 @@ class _Step:
         alias.grad = grad
 
     def _check_states(self, index: int, alias: Tensor, states: dict[str, Tensor]) -> None:
+        reason = why_state_torch(alias, [*states.values()])
+        if not reason:
+            return
         for name, value in states.items():
-            reason = _C.why_state_unfit(alias, value)
-            if reason:
+            if unfit := _C.why_state_unfit(alias, value):
                 raise ValueError(
                     f"{self.name}: {name}s[{index}] is {value.dtype} of shape "
                     f"{tuple(value.shape)}, and params[{index}] {alias.dtype} of shape "
-                    f"{tuple(alias.shape)}: {reason}; give one made by "
+                    f"{tuple(alias.shape)}: {unfit}; give one made by "
                     f"torch.zeros_like(params[{index}])"
                 )
-        reason = why_state_torch(alias, list(states.values()))
-        if reason:
-            raise ValueError(
-                f"{self.name} cannot update params[{index}]: {reason}; give states of the "
-                "parameter's dtype"
-            )
+        raise ValueError(
+            f"{self.name} cannot update params[{index}]: {reason}; give states of the parameter's "
+            "dtype"
+        )
 
     def _check_step(self, index: int, alias: Tensor, step: Tensor) -> None:
         fits = step.numel() == 1 and step.dtype in (torch.float32, torch.float64)
@@ -208,8 +208,8 @@ class _Step:
 
 
 def _requires_grad(values: Sequence[Any]) -> bool:
-    tensors = (t for v in values for t in (v if isinstance(v, (list, tuple)) else [v]))
-    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    lists = (value if isinstance(value, (list, tuple)) else [value] for value in values)
+    return any(isinstance(t, Tensor) and t.requires_grad for tensors in lists for t in tensors)
 
 
 def _below_autograd(name: str, operator: torch._ops.OpOverload) -> Callable[..., None]:
