@@ -16,7 +16,15 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fusedopt import amp
 from fusedopt._extension import _C
 from fusedopt.backends import BACKENDS, Backend, backend_for, check_backend
-from fusedopt.packing import Packed, Route, check_loaded_state, describe, routes, why_torch
+from fusedopt.packing import (
+    Packed,
+    Route,
+    check_loaded_state,
+    check_loaded_steps,
+    describe,
+    routes,
+    why_torch,
+)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -309,6 +317,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if "_captured" not in before:  # unpickled or copied
                 self.__dict__.update(backend="auto", state_dtype=None, _loading=None)
                 self._forget()
+            check_loaded_steps(self, state)
             super().__setstate__(self._declared(state))
             check_loaded_state(self)
         except BaseException:

@@ -1,7 +1,7 @@
 """Fixtures that several suites share."""
 
 import pytest
-from devices import Cuda, Interpreted, Rehearsed, TritonOnCuda, needs
+from devices import Cuda, Host, Interpreted, Rehearsed, TritonOnCuda, needs
 
 from fusedopt import backends
 
@@ -12,10 +12,21 @@ PLACES = [Rehearsed, Interpreted, *ON_A_GPU]
 @pytest.fixture(params=PLACES, ids=lambda place: place.name)
 def place(request, monkeypatch):
     """Where a device's kernels run."""
-    monkeypatch.setitem(backends.BACKENDS, request.param.backend, request.param.row)
-    if request.param is Interpreted:
+    return prepared(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[Host, *PLACES], ids=lambda place: place.name)
+def anywhere(request, monkeypatch):
+    """Where any kernels run: those of the CPU too."""
+    return prepared(request.param, monkeypatch)
+
+
+def prepared(place, monkeypatch):
+    """The place, with its row in the table of backends."""
+    monkeypatch.setitem(backends.BACKENDS, place.backend, place.row)
+    if place is Interpreted:
         monkeypatch.setattr("triton.runtime.interpreter.TensorHandle.set_attr", check_hint)
-    return request.param
+    return place
 
 
 def check_hint(handle, key, value):

@@ -34,6 +34,13 @@ needs_two_gpus = pytest.mark.skipif(
 )
 
 
+class Host:
+    """The CPU, under its own kernels."""
+
+    name = backend = device = "cpu"
+    row = backends.BACKENDS["cpu"]
+
+
 class Rehearsed:
     """CPU tensors as a GPU's, under the CUDA kernels' bodies; see rehearsal.py."""
 

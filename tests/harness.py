@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -118,3 +119,16 @@ def assert_same(
 def sample_named(case: Case, desc: str) -> Sample:
     """The sample of a case with this description."""
     return next(sample for sample in case.samples if sample.desc == desc)
+
+
+def with_states(case: Case) -> dict[str, Any]:
+    """Keywords under which the optimizer keeps a state."""
+    return {"lr": 0.1, **({"momentum": 0.9} if case.name == "sgd" else {})}
+
+
+def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What `torch.load` with ``weights_only`` makes of what `torch.save` wrote."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,53 +9,7 @@ import oracle
 import pytest
 import tolerances
 import torch
-from cases import CASES, Case, Sample, case_samples, oracle_hyper
-
-# torch's database, as the texts of its keyword arguments. In a process of its own: importing
-# torch's test utilities freezes global flags, and wants a package that only their TestCase needs.
-_DATABASE = """
-import json, sys, types, unittest
-sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
-import torch
-from torch.testing._internal.common_optimizers import optim_db
-from test_cases import comparable
-print(json.dumps({
-    f"{info.name} {dtype}": [
-        (i.desc, comparable(i.kwargs)) for i in info.optim_inputs_func("cpu", dtype=dtype)
-    ]
-    for info in optim_db for dtype in (torch.float32, torch.float16)
-}))
-"""
-
-
-def comparable(kwargs: dict[str, Any]) -> list[list[str]]:
-    """Keyword arguments as texts; that of a tensor holds its values, dtype and shape."""
-    return sorted([key, repr(value)] for key, value in kwargs.items())
-
-
-@pytest.fixture(scope="module")
-def database() -> dict[str, list[tuple[str, list[list[str]]]]]:
-    result = subprocess.run(
-        [sys.executable, "-c", _DATABASE],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_every_sample_of_torchs_database_is_in_ours(
-    case: Case, dtype: torch.dtype, database: dict[str, Any]
-) -> None:
-    theirs = database[f"{case.torch_class.__name__} {dtype}"]
-    assert theirs
-    ours = [comparable(case.kwargs(sample, dtype)) for sample in case.samples]
-    missing = [desc for desc, kwargs in theirs if kwargs not in ours]
-    assert not missing, f"add these samples of torch's database to {case.name}: {missing}"
+from cases import Case, Sample, case_samples, oracle_hyper
 
 
 def test_names_of_samples_are_unique() -> None:
