@@ -1,14 +1,10 @@
-"""Properties that hold for every model and every life of an optimizer, looked for by hypothesis.
+"""Properties that hold for every model, looked for by hypothesis.
 
-First, lists of parameters of any shape around the edges of vectors and chunks, in any dtypes, split
-into groups, with gradients that come and go: whatever the grouping, the tier and the threads, the
-bits are those of each parameter stepped alone, and each step is within the oracle's bound. Second,
-long sequences of what programs do to an optimizer between steps, beside torch.optim.
+Lists of parameters of any shape around the edges of vectors and chunks, in any dtypes, split into
+groups, with gradients that come and go: whatever the grouping, the tier and the threads, the bits
+are those of each parameter stepped alone, and each step is within the oracle's bound. Sequences of
+what programs do to an optimizer between steps are in test_life_stories.py.
 """
-
-import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -16,14 +12,6 @@ from cases import CASES
 from harness import DTYPES, assert_same, checked_step, clone_params, set_grads, states_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 
 import fusedopt
 
@@ -150,184 +138,3 @@ def test_nor_do_chunks(restored, pair, plans, tier, threads):
 @model_test(st.one_of(SMALL_MODELS, SMALL_MODELS, LARGE_MODELS), 4000)
 def test_models_at_length(restored, pair, plans, tier, threads):
     check_model(pair, plans, tier, threads)
-
-
-def is_number(value):
-    return not isinstance(value[0] if isinstance(value, tuple) else value, torch.Tensor)
-
-
-# Without hyperparameters in fp32 tensors, from which torch computes in fp32: fp64 can be held to a
-# few roundings of fp64.
-LIVES = st.sampled_from(
-    [
-        (case, sample)
-        for case in CASES
-        for sample in case.samples
-        if all(map(is_number, sample.kwargs.values()))
-    ]
-)
-INDEX = st.integers(0, 10)
-
-
-class Life(RuleBasedStateMachine):
-    """An optimizer of fusedopt and torch's, to which the same things happen."""
-
-    @initialize(pair=LIVES, count=st.integers(1, 4))
-    def start(self, pair, count):
-        self.case, sample = pair
-        self.seed = 0
-        ours = [self.new_param() for _ in range(count)]
-        self.params = [ours, clone_params(ours)]
-        classes = (self.case.fused(), self.case.torch_class)
-        self.optimizers = [
-            cls(params, **self.case.kwargs(sample))
-            for cls, params in zip(classes, self.params, strict=True)
-        ]
-
-    def new_param(self):
-        self.seed += 1
-        generator = torch.Generator().manual_seed(self.seed)
-        shape = SHAPES[self.seed * 7 % len(SHAPES)]
-        return torch.nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=generator))
-
-    def each(self, change):
-        for params, optimizer in zip(self.params, self.optimizers, strict=True):
-            change(params, optimizer)
-
-    def pick(self, params, index):
-        return params[index % len(params)]
-
-    @rule(missing=st.sets(INDEX), with_closure=st.booleans(), strided=st.booleans())
-    def step(self, missing, with_closure, strided):
-        self.seed += 1
-
-        def step(params, optimizer):
-            def give_gradients():
-                set_grads(params, self.seed)
-                for index, param in enumerate(params):
-                    if index in missing or not param.requires_grad:
-                        param.grad = None
-                    elif strided:
-                        room = torch.zeros(*param.shape, 2, dtype=param.dtype)
-                        room[..., 1] = param.grad
-                        param.grad = room[..., 1]
-                return 0.5
-
-            if with_closure:
-                assert optimizer.step(give_gradients) == 0.5
-            else:
-                give_gradients()
-                assert optimizer.step() is None
-
-        self.each(step)
-
-    @rule(set_to_none=st.booleans())
-    def zero_grad(self, set_to_none):
-        self.each(lambda params, optimizer: optimizer.zero_grad(set_to_none=set_to_none))
-
-    @rule()
-    def step_over_the_same_gradients(self):
-        self.each(lambda params, optimizer: optimizer.step())
-
-    @precondition(lambda self: len(self.params[0]) < 8)
-    @rule(lr=st.sampled_from([1e-3, 0.1]))
-    def add_group(self, lr):
-        new = self.new_param()
-        for params, optimizer in zip(self.params, self.optimizers, strict=True):
-            params.append(torch.nn.Parameter(new.detach().clone()))
-            optimizer.add_param_group({"params": [params[-1]], "lr": lr})
-
-    @rule(index=INDEX, lr=st.floats(0, 0.5), weight_decay=st.sampled_from([0.0, 0.1]))
-    def change_numbers(self, index, lr, weight_decay):
-        def change(params, optimizer):
-            group = self.pick(optimizer.param_groups, index)
-            group["lr"], group["weight_decay"] = lr, weight_decay
-
-        self.each(change)
-
-    @rule(index=INDEX)
-    def freeze_or_thaw(self, index):
-        def change(params, optimizer):
-            param = self.pick(params, index)
-            param.requires_grad_(not param.requires_grad)
-            if not param.requires_grad:
-                param.grad = None
-
-        self.each(change)
-
-    @rule(index=INDEX)
-    def move_the_parameter(self, index):
-        def change(params, optimizer):
-            param = self.pick(params, index)
-            param.data = param.data.clone() * 0.5
-
-        self.each(change)
-
-    @rule(index=INDEX, in_place=st.booleans())
-    def restart_the_states(self, index, in_place):
-        def change(params, optimizer):
-            state = optimizer.state.get(self.pick(params, index), {})
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor) and name != "step":
-                    state[name] = value.zero_() if in_place else torch.zeros_like(value)
-
-        self.each(change)
-
-    @rule(index=INDEX)
-    def forget_a_state(self, index):
-        if self.case.name == "adagrad":  # made by the constructor, and missed by torch's step
-            return
-        self.each(lambda params, optimizer: optimizer.state.pop(self.pick(params, index), None))
-
-    @rule()
-    def exchange_checkpoints(self):
-        ours, theirs = (copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers)
-        self.optimizers[0].load_state_dict(theirs)
-        self.optimizers[1].load_state_dict(ours)
-
-    @rule()
-    def save_and_load(self):
-        file = io.BytesIO()
-        torch.save(self.optimizers[0].state_dict(), file)
-        file.seek(0)
-        self.optimizers[0].load_state_dict(torch.load(file, weights_only=True))
-
-    @rule(by_pickle=st.booleans())
-    def copy_everything(self, by_pickle):
-        # Gradients are no part of a pickled or copied parameter's promise: drop them first.
-        self.zero_grad(set_to_none=True)
-        for side, both in enumerate(zip(self.params, self.optimizers, strict=True)):
-            copied = pickle.loads(pickle.dumps(both)) if by_pickle else copy.deepcopy(both)
-            self.params[side], self.optimizers[side] = copied
-
-    @invariant()
-    def agrees(self):
-        if not hasattr(self, "params"):
-            return
-        ours, theirs = self.optimizers
-        for a, b in zip(*self.params, strict=True):
-            assert_close(a, b)
-            states = ours.state.get(a, {}), theirs.state.get(b, {})
-            assert list(states[0]) == list(states[1])
-            for name, value in states[1].items():
-                if isinstance(value, torch.Tensor):
-                    assert_close(states[0][name], value)
-                else:
-                    assert states[0][name] == value
-        for a, b in zip(ours.param_groups, theirs.param_groups, strict=True):
-            assert {**a, "params": len(a["params"])} == {**b, "params": len(b["params"])}
-
-
-def assert_close(actual, expected):
-    """Equal but for fp64 roundings, a hundred of them over a life of steps; dtype and shape too."""
-    torch.testing.assert_close(
-        actual.detach(), expected.detach(), rtol=1e-11, atol=1e-12, equal_nan=True
-    )
-
-
-@pytest.mark.parametrize(
-    ("examples", "steps"), [(150, 25), pytest.param(1500, 40, marks=pytest.mark.slow)]
-)
-def test_a_life_beside_torch(examples, steps):
-    budget = settings(**COMMON, max_examples=examples, stateful_step_count=steps)
-    run_state_machine_as_test(Life, settings=budget)
