@@ -218,14 +218,13 @@ class Packed:
                     idle.append(param)
                     continue
                 fresh = False
+                launcher = backend.launcher() if backend is not None else None
                 if not reason:
-                    fresh = self._create_state(group, param, names)
+                    fresh = self._create_state(group, param, names, launcher is not None)
                     reason = why_state_torch(param, self._states(param, names))
                 if reason:
                     self._to_torch(number, index, param, reason)
                     continue
-                assert backend is not None
-                launcher = backend.launcher()
                 if launcher is not None:
                     self.launchers[param.device.type] = launcher
                 rows.append((number, param, fresh, optimizer._first_flags.get(param)))
@@ -241,7 +240,7 @@ class Packed:
             return True
         return all(state.get(name) is not None for name in wanted)
 
-    def _create_state(self, group: Group, param: Tensor, names: list[str]) -> bool:
+    def _create_state(self, group: Group, param: Tensor, names: list[str], on_device: bool) -> bool:
         """Creates what is missing, as torch does; returns whether anything was."""
         optimizer = self.optimizer
         if self._has_state(param, names):
@@ -262,7 +261,7 @@ class Packed:
             )
         else:
             self.created.append((param, names))
-            if group.get("fused"):  # whether a step took place is known on the device only
+            if group.get("fused") and on_device:  # only there is known if the step took place
                 optimizer._first_flags[param] = torch.ones(
                     (), dtype=torch.int32, device=param.device
                 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CASES
-from harness import make_params, run, set_grads, states_of, with_states
+from harness import assert_same, make_params, run, set_grads, states_of, with_states
 
 import fusedopt
 
@@ -216,3 +216,24 @@ def test_a_checkpoint_between_overflows_goes_on(case):
         optimizer, params, scaler = twin, other, twin_scaler
     if case.has_step:
         assert optimizer.state[params[0]]["step"] == 1
+
+
+@EACH_PROTOCOL
+def test_saving_a_state_neither_drops_nor_changes_it(anywhere, case, fused):
+    """Between steps, under a scaler and without one: the run goes on bit for bit."""
+    runs = []
+    for saved in (True, False):
+        params = make_params([(6,), (3, 4)], device=anywhere.device)
+        kwargs = {**with_states(case), **({"fused": True} if fused else {})}
+        optimizer = case.fused()(params, backend=anywhere.backend, **kwargs)
+        for step in range(4):
+            set_grads(params, step)
+            optimizer.step()
+            if saved:
+                entries = optimizer.state_dict()["state"]
+                assert [list(state) for state in entries.values()] == [
+                    list(optimizer.state[param]) for param in params
+                ]
+                assert all(entries.values())
+        runs.append((params, optimizer))
+    assert_same(*runs)
