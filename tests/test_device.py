@@ -220,6 +220,16 @@ def test_nothing_is_launched_for_empty_parameters(place):
     assert place.launches(optimizer.step) == (0, 0)
 
 
+@each("case", CAPTURABLE, ids=lambda case: case.name)
+def test_steps_of_empty_parameters_are_counted_on_the_device(place, case):
+    params, optimizer = make(place, case, {"lr": 0.1, "capturable": True}, shapes=[(0,), (3, 0)])
+    set_grads(params, 0)
+    assert place.launches(optimizer.step) == (0, 1)
+    params[1].grad = None
+    optimizer.step()
+    assert [int(optimizer.state[param]["step"]) for param in params] == [2, 1]
+
+
 def test_a_failing_launch_is_an_error(place):
     params, optimizer = make(place, CASES[0], {"lr": 0.1})
     set_grads(params, 0)

@@ -180,7 +180,7 @@ void TableOnDevice::step(const Table& table, const DeviceNumbers& numbers) {
     memory_ = at::empty({static_cast<int64_t>(image_->size())},
                         at::TensorOptions(at::kByte).device(device_));
   }
-  if (image_->chunks() == 0) return;
+  if (image_->chunks() == 0 && scalars_ == cuda::Scalars::kHost) return;
   changed_.clear();
   image_->update(table, numbers.prepare, numbers.hypers, changed_);
   upload(*image_, changed_, memory_);
@@ -195,7 +195,7 @@ void TableOnDevice::capture(const Table& table, const DeviceNumbers& numbers,
                             const std::vector<int>& variants, CapturedTables& captured) {
   const c10::DeviceGuard guard(device_);
   cuda::Image image(table, cuda::Scalars::kDevice, groups_, launcher_.multiprocessors());
-  if (image.chunks() == 0) return;
+  if (table.rows.empty()) return;
   std::vector<cuda::Range> changed;
   image.update(table, numbers.prepare, numbers.hypers, changed);
   const cuda::Stream stream = current_stream(device_);
@@ -217,6 +217,7 @@ void TableOnDevice::launch(const cuda::Image& image, std::byte* memory, const Ta
     check(launcher_.prepare(rule_->index, table.storage.param == DType::kF64,
                             image.prepare_at(memory), numbers.scaler, stream));
   }
+  if (image.chunks() == 0) return;  // parameters without elements, whose steps are counted
   check(launcher_.update(table.storage, rule_->index, variant_, on_device, numbers.scaler, stream));
 }
 

@@ -1,0 +1,483 @@
+"""Life stories: what programs do to an optimizer between steps, in any order, beside torch.optim.
+
+Hypothesis makes up stories. Each happens to fusedopt's optimizer and to torch.optim's for-loop,
+over parameters of several dtypes. A step must be within the float64 oracle's bound of every
+parameter and state; fp32 and fp64 must agree with torch's step too (torch rounds bf16 at every
+operation, which is no yardstick). Then torch's side takes over our values, so that roundings do not
+add up over a story, and after every action both must be equal: bits, keys, dtypes, strides, groups.
+"""
+
+import copy
+import inspect
+import pickle
+
+import torch
+from cases import CASES, oracle_hyper
+from harness import set_grads, states_of, through_a_file
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from tolerances import assert_step_close
+
+SETTINGS = {
+    "deadline": None,  # the machine decides how long a step takes
+    "derandomize": True,  # the same stories on every run: a failure is the change's
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
+SHAPES = [(), (0,), (1,), (5,), (3, 5), (17,), (1, 4, 3), (6, 4), (70,)]
+STORY_DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float64)
+CLOSE = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.float64: {"rtol": 1e-11, "atol": 1e-12},
+    torch.bfloat16: {"rtol": 0.0, "atol": float("inf")},
+}
+# Samples without hyperparameters in fp32 tensors, from which torch computes in fp32; the stories
+# put fp64 ones in.
+BEGINNINGS = {
+    f"{case.name}: {sample.desc}": (case, sample)
+    for case in CASES
+    for sample in case.samples
+    if not any("tensor" in repr(value) for value in sample.kwargs.values())
+}
+INDEX = st.integers(0, 10)
+OURS_ALONE = ("fused", "capturable", "params")  # keys of groups that the sides need not share
+
+
+def strided(value):
+    """The same values in every second element of twice the memory."""
+    room = torch.zeros(*value.shape, 2, dtype=value.dtype)
+    room[..., 1] = value
+    return room[..., 1]
+
+
+def transposed(value):
+    return value if value.dim() < 2 else value.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def misaligned(value):
+    room = torch.zeros(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape)
+    return room.copy_(value)
+
+
+def expanded(value):
+    """One of the values, everywhere (stride 0), as the gradient of a sum."""
+    return value.reshape(-1)[:1].reshape([1] * value.dim()).expand(value.shape)
+
+
+MOVES = {"clone": torch.clone, "strided": strided, "transposed": transposed, "off": misaligned}
+LAYOUTS = st.sampled_from([torch.clone, torch.clone, strided, transposed, misaligned, expanded])
+
+
+class Story(RuleBasedStateMachine):
+    """An optimizer of fusedopt and torch's, to which the same things happen."""
+
+    own_flags = ("fused",)
+
+    @initialize(
+        beginning=st.sampled_from(sorted(BEGINNINGS)),
+        dtypes=st.lists(st.sampled_from(STORY_DTYPES), min_size=1, max_size=4),
+        flag=st.booleans(),
+    )
+    def begin(self, beginning, dtypes, flag):
+        self.case, sample = BEGINNINGS[beginning]
+        self.seed = 0
+        ours = [self.new_param(dtype) for dtype in dtypes]
+        self.params = [ours, [torch.nn.Parameter(p.detach().clone()) for p in ours]]
+        self.kwargs = [self.case.kwargs(sample), {**self.case.kwargs(sample), "foreach": False}]
+        signature = inspect.signature(self.case.torch_class).parameters
+        if flag:
+            self.kwargs[0] |= {name: True for name in self.own_flags if name in signature}
+        self.kwargs[0]["foreach"] = None if self.kwargs[0].get("fused") else False
+        self.classes = (self.case.fused(), self.case.torch_class)
+        self.optimizers = [
+            cls(params, **kwargs)
+            for cls, params, kwargs in zip(self.classes, self.params, self.kwargs, strict=True)
+        ]
+        self.scalers = [
+            torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2) for _ in range(2)
+        ]
+
+    def new_param(self, dtype):
+        self.seed += 1
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = SHAPES[self.seed * 7 % len(SHAPES)]
+        return torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+
+    def each(self, change):
+        for params, optimizer in zip(self.params, self.optimizers, strict=True):
+            change(params, optimizer)
+
+    def each_of(self, index, change):
+        """Does it to one parameter."""
+        self.each(lambda params, optimizer: change(params[index % len(params)], optimizer))
+
+    def each_group(self, index, change):
+        self.each(
+            lambda _, optimizer: change(optimizer.param_groups[index % len(optimizer.param_groups)])
+        )
+
+    # ---- Steps ----------------------------------------------------------------------------------
+
+    def stepped(self, step):
+        """Steps both sides by a function of (params, optimizer), and compares what they did."""
+        before = [(p.detach().clone(), states_of(self.optimizers[0], p)) for p in self.params[0]]
+        ends = [step(*side) for side in zip(self.params, self.optimizers, strict=True)]
+        assert ends[0] == ends[1]
+        ours, theirs = self.optimizers
+        for group in ours.param_groups:
+            hyper = oracle_hyper(self.case.rule, group)
+            for param in group["params"]:
+                index = next(i for i, p in enumerate(self.params[0]) if p is param)
+                if param.grad is not None and not param.grad.is_sparse and ends[0] != "skipped":
+                    self.check_with_oracle(before[index], param, hyper)
+        for a, b in zip(*self.params, strict=True):
+            pairs = [(a, b)]
+            mine, other = states_of(ours, a), states_of(theirs, b)
+            assert list(mine) == list(other)
+            pairs += [(ours.state[a][name], theirs.state[b][name]) for name in mine]
+            for ours_value, value in pairs:
+                torch.testing.assert_close(
+                    ours_value.detach(), value.detach(), **CLOSE[value.dtype]
+                )
+                value.data.copy_(ours_value.detach())
+
+    def check_with_oracle(self, before, param, hyper):
+        old, states = before
+        new_states = states_of(self.optimizers[0], param)
+        count = float(states.pop("step", torch.zeros(())))
+        if self.case.has_step:
+            assert float(new_states["step"]) == count + 1
+            if not states:  # created by this step
+                states = {name: torch.zeros_like(v) for name, v in new_states.items()}
+        after = (param, new_states)
+        before = (old, param.grad, states)
+        assert_step_close(self.case.rule, param.dtype, before, after, int(count) + 1, hyper)
+
+    def give_gradients(self, params, missing, layout):
+        set_grads(params, self.seed)
+        for index, param in enumerate(params):
+            if index in missing:
+                param.grad = None
+            elif index % 2 == 0:
+                param.grad = layout(param.grad)
+
+    @rule(missing=st.sets(INDEX), layout=LAYOUTS, with_closure=st.booleans())
+    def step(self, missing, layout, with_closure):
+        self.seed += 1
+
+        def step(params, optimizer):
+            def closure():
+                assert torch.is_grad_enabled()
+                self.give_gradients(params, missing, layout)
+                return 0.5
+
+            if with_closure:
+                return optimizer.step(closure)
+            self.give_gradients(params, missing, layout)
+            return optimizer.step()
+
+        self.stepped(step)
+
+    @rule()
+    def step_over_the_same_gradients(self):
+        self.stepped(lambda params, optimizer: optimizer.step())
+
+    @rule(overflow=st.booleans(), missing=st.sets(st.integers(1, 10)), clip=st.booleans())
+    def step_through_a_scaler(self, overflow, missing, clip):
+        self.seed += 1
+
+        def step(params, optimizer):
+            scaler = self.scalers[optimizer is self.optimizers[1]]
+            factor = scaler.scale(torch.ones(()))
+            self.give_gradients(params, missing, strided)
+            for param in params:
+                if param.grad is not None:
+                    param.grad.mul_(factor.to(param.dtype))
+            if overflow:
+                largest = max((p.grad for p in params if p.grad is not None), key=torch.numel)
+                if largest.numel() == 0:
+                    return self.unscaled_by_hand(params, factor)
+                largest[(0,) * largest.dim()] = float("nan")
+            if clip:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(params, 2.0)
+            scaler.step(optimizer)
+            scaler.update()
+            if overflow:
+                optimizer.zero_grad()
+            return "skipped" if overflow else None
+
+        self.stepped(step)
+        assert self.scalers[0].state_dict() == self.scalers[1].state_dict()
+
+    def unscaled_by_hand(self, params, factor):
+        """Nothing can overflow in parameters without elements."""
+        for param in params:
+            param.grad = None
+        return None
+
+    @rule()
+    def step_over_sparse_gradients(self):
+        """Values where torch accepts them; torch's own error and nothing changed where not."""
+        group_values = [
+            [group.get(key) for key in ("momentum", "weight_decay", "fused")]  # torch's fused: none
+            for group in self.optimizers[0].param_groups
+        ]
+        if self.case.name in {"sgd", "adagrad"} and any(map(any, group_values)):
+            return
+        self.seed += 1
+        known = set(self.optimizers[1].state)
+
+        def step(params, optimizer):
+            self.give_gradients(params, (), torch.clone)
+            for param in params:
+                if param.dim() == 2:
+                    param.grad = param.grad.to_sparse()
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                end = str(error)
+            else:
+                end = None
+            optimizer.zero_grad()
+            return end
+
+        self.stepped_or_not(step, known)
+
+    def stepped_or_not(self, step, known):
+        ends = []
+
+        def noted(params, optimizer):
+            ends.append(step(params, optimizer))
+            if ends[-1] is not None and optimizer is self.optimizers[1]:
+                for param in set(optimizer.state) - known:  # torch's are made before it looks
+                    del optimizer.state[param]
+            return ends[-1]
+
+        self.stepped(noted)
+
+    @rule(set_to_none=st.booleans())
+    def zero_grad(self, set_to_none):
+        self.each(lambda _, optimizer: optimizer.zero_grad(set_to_none=set_to_none))
+
+    @rule(index=INDEX, layout=LAYOUTS, how=st.sampled_from(["replaced", "scaled", "none"]))
+    def change_a_gradient(self, index, layout, how):
+        def change(param, optimizer):
+            if how == "none" or param.grad is None:
+                param.grad = None
+            elif how == "replaced":
+                param.grad = layout(param.grad)
+            elif not (param.grad.stride() and 0 in param.grad.stride()):
+                param.grad.mul_(0.5)
+
+        self.each_of(index, change)
+
+    # ---- Groups ---------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.params[0]) < 7)
+    @rule(dtype=st.sampled_from(STORY_DTYPES), lr=st.sampled_from([1e-3, 0.1]))
+    def add_group(self, dtype, lr):
+        new = self.new_param(dtype)
+        for params, optimizer in zip(self.params, self.optimizers, strict=True):
+            params.append(torch.nn.Parameter(new.detach().clone()))
+            optimizer.add_param_group({"params": [params[-1]], "lr": lr})
+
+    @rule(index=INDEX, lr=st.floats(0, 0.5), kind=st.sampled_from(["number", "tensor", "fill"]))
+    def change_lr(self, index, lr, kind):
+        def change(group):
+            if kind == "fill" and isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr if kind == "number" else torch.tensor(lr, dtype=torch.float64)
+
+        self.each_group(index, change)
+
+    @rule(
+        index=INDEX,
+        weight_decay=st.sampled_from([0.0, 0.1]),
+        momentum=st.sampled_from([0.0, 0.5, 0.9]),
+        betas=st.sampled_from([(0.9, 0.999), (0.5, 0.75)]),
+        eps=st.sampled_from([1e-8, 1e-3]),
+    )
+    def change_numbers(self, index, weight_decay, momentum, betas, eps):
+        def change(group):
+            values = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
+            # torch's RMSprop misses the buffer that it made no room for.
+            if self.case.name == "sgd" or (momentum and group.get("momentum")):
+                values["momentum"] = momentum
+            group.update({key: value for key, value in values.items() if key in group})
+
+        self.each_group(index, change)
+
+    @rule(index=INDEX, flag=st.sampled_from(["maximize", "nesterov", "amsgrad", "centered"]))
+    def change_a_flag(self, index, flag):
+        def change(group):
+            if flag in {"maximize", "nesterov"} or group.get(flag):  # the others need a state
+                group.update({flag: not group[flag]} if flag in group else {})
+
+        self.each_group(index, change)
+
+    @rule(index=INDEX)
+    def reorder_a_group(self, index):
+        self.each_group(index, lambda group: group["params"].reverse())
+
+    @rule(index=INDEX, drop=st.booleans())
+    def freeze_or_thaw(self, index, drop):
+        def change(param, optimizer):
+            param.requires_grad_(not param.requires_grad)
+            if drop and not param.requires_grad:
+                param.grad = None
+
+        self.each_of(index, change)
+
+    # ---- Memory ---------------------------------------------------------------------------------
+
+    @rule(index=INDEX, move=st.sampled_from(sorted(MOVES)))
+    def move_a_parameter(self, index, move):
+        def change(param, optimizer):
+            param.data = MOVES[move](param.data * 0.5)
+
+        self.each_of(index, change)
+
+    @rule(index=INDEX, dtype=st.sampled_from(STORY_DTYPES))
+    def cast_a_parameter(self, index, dtype):
+        def change(param, optimizer):
+            param.grad = None
+            param.data = param.data.to(dtype)
+            state = optimizer.state.get(param, {})
+            for name, value in state.items():
+                if name != "step" and value is not None:
+                    state[name] = value.to(dtype)
+
+        self.each_of(index, change)
+
+    @rule(index=INDEX)
+    def swap_a_parameter(self, index):
+        def change(param, optimizer):
+            param.grad = None
+            torch.utils.swap_tensors(param, torch.nn.Parameter(param.detach() * 0.5))
+
+        self.each_of(index, change)
+
+    @rule(
+        index=INDEX,
+        how=st.sampled_from(["zeros", "halves", "in place", "data", "entry", *sorted(MOVES)]),
+    )
+    def change_states(self, index, how):
+        def change(param, optimizer):
+            state = optimizer.state.get(param, {})
+            if how == "entry" and state:
+                optimizer.state[param] = {name: copy.deepcopy(v) for name, v in state.items()}
+                return
+            for name, value in state.items():
+                if name == "step" or value is None:
+                    continue
+                if how == "in place":
+                    value.mul_(0.5)
+                elif how == "data":
+                    value.data = value.data * 0.5
+                elif how == "zeros":
+                    state[name] = torch.zeros_like(value)
+                else:
+                    state[name] = MOVES.get(how, torch.clone)(value * 0.5)
+
+        self.each_of(index, change)
+
+    @rule(index=INDEX, count=st.integers(0, 50), in_place=st.booleans())
+    def change_a_step_count(self, index, count, in_place):
+        def change(param, optimizer):
+            state = optimizer.state.get(param, {})
+            if "step" in state:
+                if in_place:
+                    state["step"].fill_(count)
+                else:
+                    state["step"] = torch.tensor(float(count))
+
+        self.each_of(index, change)
+
+    @rule(index=INDEX)
+    def forget_a_state(self, index):
+        if self.case.name == "adagrad":  # made by the constructor, and missed by torch's step
+            return
+        self.each_of(index, lambda param, optimizer: optimizer.state.pop(param, None))
+
+    # ---- Checkpoints and copies -----------------------------------------------------------------
+
+    def load(self, side, state_dict):
+        """Into the optimizer, but for the flags that the sides need not share."""
+        optimizer = self.optimizers[side]
+        for group, loaded in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+            for flag in ("fused", "capturable", "foreach"):
+                if flag in group:
+                    loaded[flag] = group[flag]
+        optimizer.load_state_dict(state_dict)
+
+    @rule(exchanged=st.booleans(), into_new_ones=st.booleans())
+    def save_and_load(self, exchanged, into_new_ones):
+        saved = [through_a_file(optimizer.state_dict()) for optimizer in self.optimizers]
+        if into_new_ones:
+            self.optimizers = [
+                cls([{"params": list(group["params"])} for group in old.param_groups], **kwargs)
+                for cls, old, kwargs in zip(self.classes, self.optimizers, self.kwargs, strict=True)
+            ]
+        for side in range(2):
+            self.load(side, saved[1 - side if exchanged else side])
+
+    @rule(by_pickle=st.booleans())
+    def copy_everything(self, by_pickle):
+        self.zero_grad(set_to_none=True)  # copied by neither way
+        for side, both in enumerate(zip(self.params, self.optimizers, strict=True)):
+            copied = pickle.loads(pickle.dumps(both)) if by_pickle else copy.deepcopy(both)
+            self.params[side], self.optimizers[side] = copied
+
+    # ---- What must hold -------------------------------------------------------------------------
+
+    @invariant()
+    def both_are_equal(self):
+        if not hasattr(self, "scalers"):
+            return
+        ours, theirs = self.optimizers
+        for a, b in zip(*self.params, strict=True):
+            assert_equal(a, b, "parameter")
+            states = ours.state.get(a, {}), theirs.state.get(b, {})
+            assert list(states[0]) == list(states[1])
+            for name, value in states[1].items():
+                if isinstance(value, torch.Tensor):
+                    # torch's SGD clones its first gradient, in that one's layout.
+                    assert_equal(states[0][name], value, name, strides=self.case.name != "sgd")
+                else:
+                    assert states[0][name] == value, name
+        assert len(ours.state) == len(theirs.state)
+        for a, b in zip(ours.param_groups, theirs.param_groups, strict=True):
+            assert a.keys() == b.keys()
+            for key in a.keys() - {*OURS_ALONE, "foreach"}:
+                assert a[key] == b[key], key
+
+
+def assert_equal(actual, expected, what, strides=True):
+    """Bit for bit; dtype, shape and strides as well."""
+    assert actual.dtype == expected.dtype, what
+    assert actual.stride() == expected.stride() or not strides, what
+    assert torch.equal(actual, expected), what
+
+
+class StoryOnADevice(Story):
+    """The same, with the device's part rehearsed on the host, and steps counted there too."""
+
+    own_flags = ("capturable",)
+
+
+def live(machine, stories, actions=20, **overrides):
+    """Runs that many stories of at most so many actions."""
+    budget = settings(
+        **{**SETTINGS, **overrides}, max_examples=stories, stateful_step_count=actions
+    )
+    run_state_machine_as_test(machine, settings=budget)
