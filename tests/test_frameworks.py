@@ -1,0 +1,380 @@
+"""Programs that users hand an optimizer to, run for real on tiny models, beside torch.optim's run.
+
+They wrap an optimizer, patch its step, save it and load it in ways of their own. Nothing here needs
+a network or a GPU: models are made from configurations, and a connection fails the test.
+"""
+
+import functools
+import math
+import socket
+import warnings
+
+import pytest
+import torch
+
+import fusedopt
+
+pytestmark = pytest.mark.slow
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+# Two correct optimizers differ in the last bits of a step. This is more than that has grown to by the
+# end of a run, and less than a thousandth of the way the parameters went.
+ATOL = 2e-6
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    def refuse(_, address):
+        raise AssertionError(f"a connection to {address}, where nothing should need one")
+
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are far too small to share
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the frameworks, about each other
+        yield
+    torch.set_num_threads(threads)
+
+
+def assert_kernels_did_it(optimizer):
+    assert isinstance(optimizer, fusedopt.optimizer.FusedOptimizer)
+    assert {route.backend for route in optimizer.routes()} == {"cpu"}
+
+
+def assert_close_runs(ours, theirs, start, atol=ATOL):
+    """Two runs, as (parameters, losses), that moved away from the start and stayed together."""
+    assert len(ours[1]) == len(theirs[1]) > 0
+    assert all(map(math.isfinite, ours[1]))
+    torch.testing.assert_close(torch.tensor(ours[1]), torch.tensor(theirs[1]), rtol=1e-5, atol=atol)
+    for p, q in zip(ours[0], theirs[0], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=atol)
+    moved = [(p - before).abs().max() for p, before in zip(theirs[0], start, strict=True)]
+    assert max(moved) > 1000 * atol
+
+
+def assert_equal_params(ours, theirs):
+    assert len(ours) == len(theirs) > 0
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def values(model):
+    return [param.detach().clone() for param in model.parameters()]
+
+
+# --- Hugging Face's Trainer ---
+
+
+def tiny_gpt2():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        vocab_size=48,
+        n_positions=12,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def sentences():
+    """Rows of tokens that count upwards, and start over every 2 to 8 of them."""
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(0, 40, (24, 1), generator=generator)
+    tokens = starts + torch.arange(12) % torch.randint(2, 9, (24, 1), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+ADAMW = ("AdamW", {"lr": 2e-3, "betas": (0.9, 0.95), "weight_decay": 0.1})
+# Under autocast, a last bit of a weight decides how its bf16 image is rounded: a difference of 1e-3
+# in a gradient, which Adam's quotient makes a difference in sign where gradients are small.
+SGD = ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01})
+
+
+class TrainerRun:
+    """A run of transformers.Trainer over `sentences`: 8 steps, checkpoints at 4 and 8."""
+
+    def __init__(self, optim, folder, how, resume=None, **arguments):
+        transformers = pytest.importorskip("transformers")
+        self.model = tiny_gpt2()
+        self.start = values(self.model)
+        name, hyper = SGD if arguments.get("bf16") else ADAMW
+        if how == "optimizers":
+            optimizer = getattr(optim, name)(self.model.parameters(), **hyper)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 16)
+            given = {"optimizers": (optimizer, scheduler)}
+        else:
+            given = {"optimizer_cls_and_kwargs": (getattr(optim, name), hyper)}
+        self.trainer = transformers.Trainer(
+            self.model,
+            transformers.TrainingArguments(
+                str(folder),
+                use_cpu=True,
+                max_steps=8,
+                per_device_train_batch_size=3,
+                gradient_accumulation_steps=2,
+                max_grad_norm=0.5,
+                save_strategy="steps",
+                save_steps=4,
+                logging_steps=1,
+                report_to=[],
+                disable_tqdm=True,
+                seed=3,
+                **arguments,
+            ),
+            train_dataset=sentences(),
+            **given,
+        )
+        self.trainer.train(resume_from_checkpoint=resume and str(resume))
+        self.params = values(self.model)
+        self.losses = [log["loss"] for log in self.trainer.state.log_history if "loss" in log]
+
+    @property
+    def optimizer(self):
+        return self.trainer.optimizer.optimizer  # the Trainer's is Accelerate's wrapper
+
+    @property
+    def outcome(self):
+        return self.params, self.losses
+
+
+WAYS = ("optimizers", "optimizer_cls_and_kwargs")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"bf16": True}], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("how", WAYS)
+def test_the_trainer_trains_as_with_torch(how, arguments, tmp_path):
+    ours = TrainerRun(fusedopt, tmp_path / "ours", how, **arguments)
+    theirs = TrainerRun(torch.optim, tmp_path / "theirs", how, **arguments)
+    assert_kernels_did_it(ours.optimizer)
+    assert len(ours.losses) == 8
+    atol = 10 * ATOL if arguments else ATOL
+    assert_close_runs(ours.outcome, theirs.outcome, ours.start, atol)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_the_trainer_resumes_bitwise_from_its_checkpoint(how, tmp_path):
+    whole = TrainerRun(fusedopt, tmp_path / "whole", how)
+    resumed = TrainerRun(fusedopt, tmp_path / "new", how, tmp_path / "whole" / "checkpoint-4")
+    assert_kernels_did_it(resumed.optimizer)
+    assert_equal_params(resumed.params, whole.params)
+    assert resumed.losses == whole.losses  # the first four come out of the checkpoint
+
+
+@pytest.mark.parametrize("first", ["torch.optim", "fusedopt"])
+def test_the_trainer_resumes_the_other_ones_checkpoint(first, tmp_path):
+    first, then = (torch.optim, fusedopt) if first == "torch.optim" else (fusedopt, torch.optim)
+    whole = TrainerRun(first, tmp_path / "whole", WAYS[1])
+    resumed = TrainerRun(then, tmp_path / "new", WAYS[1], tmp_path / "whole" / "checkpoint-4")
+    assert_close_runs(resumed.outcome, whole.outcome, whole.start)
+
+
+# --- Accelerate ---
+
+
+def classifier():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+
+
+def examples(count=48):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(count, 8, generator=generator)
+    return torch.utils.data.TensorDataset(inputs, inputs[:, :4].argmax(1))
+
+
+OPTIMIZERS = {
+    "AdamW": lambda optim, params: optim.AdamW(params, lr=2e-3, weight_decay=0.1),
+    "AdamW, fused": lambda optim, params: optim.AdamW(params, lr=2e-3, fused=True),
+    "SGD, momentum": lambda optim, params: optim.SGD(params, lr=0.1, momentum=0.9),
+}
+
+
+class AccelerateRun:
+    """The loop of Accelerate's documentation: accumulation, clipping, a scheduler, a scaler."""
+
+    def __init__(self, optim, make, scaler=None):
+        accelerate = pytest.importorskip("accelerate")
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+        self.accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=3)
+        if scaler is not None:  # what Accelerator(mixed_precision="fp16") does, but for GPUs only
+            self.accelerator.scaler, self.accelerator.native_amp = scaler, True
+            self.accelerator.state._mixed_precision = "fp16"
+        model = classifier()
+        self.start = values(model)
+        optimizer = make(optim, model.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
+        loader = torch.utils.data.DataLoader(examples(), batch_size=4)
+        self.model, self.optimizer, self.scheduler, self.loader = self.accelerator.prepare(
+            model, optimizer, scheduler, loader
+        )
+        self.losses, self.skipped = [], []
+
+    def epoch(self, overflow_at=()):
+        for number, (inputs, labels) in enumerate(self.loader):
+            with self.accelerator.accumulate(self.model):
+                loss = torch.nn.functional.cross_entropy(self.model(inputs).float(), labels)
+                self.losses.append(loss.item())
+                factor = math.inf if number in overflow_at else 1.0
+                self.accelerator.backward(loss * factor)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), 0.5)
+                self.optimizer.step()
+                if self.accelerator.sync_gradients:
+                    self.skipped.append(self.optimizer.step_was_skipped)
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+        return self
+
+    @property
+    def outcome(self):
+        return values(self.model), self.losses
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_accelerate_accumulates_and_clips_as_with_torch(make):
+    runs = [AccelerateRun(optim, make).epoch().epoch() for optim in (fusedopt, torch.optim)]
+    assert_kernels_did_it(runs[0].optimizer.optimizer)
+    assert_close_runs(runs[0].outcome, runs[1].outcome, runs[0].start)
+    assert runs[0].optimizer.param_groups[0]["lr"] == runs[1].optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_accelerate_with_a_grad_scaler_skips_and_steps_as_with_torch(make):
+    runs = []
+    for optim in (fusedopt, torch.optim):
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+        runs.append(AccelerateRun(optim, make, scaler).epoch(overflow_at=(1, 7)).epoch())
+    ours, theirs = runs
+    assert_kernels_did_it(ours.optimizer.optimizer)
+    # Of an optimizer that is asked to step, and skips by itself, Accelerate does not learn it.
+    skips = [0, 2] if make is not OPTIMIZERS["AdamW, fused"] else []
+    assert ours.skipped == theirs.skipped == [window in skips for window in range(8)]
+    assert ours.accelerator.scaler.get_scale() == theirs.accelerator.scaler.get_scale() == 256.0
+    assert_close_runs(ours.outcome, theirs.outcome, ours.start)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_accelerates_saved_state_goes_on_bitwise(make, tmp_path):
+    whole = AccelerateRun(fusedopt, make).epoch()
+    whole.accelerator.save_state(tmp_path)
+    whole.epoch()
+    resumed = AccelerateRun(fusedopt, make)
+    resumed.accelerator.load_state(tmp_path)
+    resumed.epoch()
+    assert_kernels_did_it(resumed.optimizer.optimizer)
+    assert_equal_params(values(resumed.model), values(whole.model))
+    assert resumed.losses == whole.losses[len(resumed.losses) :]
+
+
+# --- Lightning ---
+
+
+def lightning_module(optim, fused):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = classifier()
+            self.losses, self.norms = [], []
+
+        def training_step(self, batch, _):
+            loss = torch.nn.functional.cross_entropy(self.model(batch[0]).float(), batch[1])
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_gradient_clipping(self, optimizer, **kwargs):
+            super().configure_gradient_clipping(optimizer, **kwargs)
+            norms = [p.grad.norm() for p in self.parameters()]
+            self.norms.append(torch.stack(norms).norm().item())
+
+        def configure_optimizers(self):
+            optimizer = optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.1, fused=fused)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    return Module()
+
+
+def fp16_scaling():
+    """What precision="16-mixed" is on a GPU; asked for by that name on a CPU, it becomes bf16."""
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=3)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+PRECISIONS = {
+    "32": lambda: {"precision": "32-true"},
+    "bf16-mixed": lambda: {"precision": "bf16-mixed"},
+    "16-mixed": fp16_scaling,
+}
+
+
+def lightning_fit(optim, folder, precision, epochs=2, resume=None, fused=None, clip=0.5):
+    import lightning
+
+    module = lightning_module(optim, fused)
+    module.start = values(module)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        accumulate_grad_batches=2,
+        gradient_clip_val=clip,
+        default_root_dir=folder,
+        callbacks=[
+            lightning.pytorch.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        ],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **PRECISIONS[precision](),
+    )
+    loader = torch.utils.data.DataLoader(examples(), batch_size=4)
+    trainer.fit(module, loader, ckpt_path=resume)
+    return module
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_lightning_clips_and_steps_as_with_torch(precision, tmp_path):
+    ours, theirs = (
+        lightning_fit(optim, tmp_path / optim.__name__, precision)
+        for optim in (fusedopt, torch.optim)
+    )
+    assert_kernels_did_it(ours.optimizers().optimizer)
+    assert any(norm == pytest.approx(0.5, rel=1e-4) for norm in ours.norms), "some were clipped"
+    if precision == "16-mixed":
+        assert any(not math.isfinite(norm) for norm in ours.norms), "a step overflowed"
+    assert_close_runs((values(ours), ours.losses), (values(theirs), theirs.losses), ours.start)
+
+
+def test_lightning_leaves_unscaling_to_a_fused_optimizer(tmp_path):
+    """And then refuses to clip, which needs unscaled gradients: its rule, and torch's the same."""
+    runs = {}
+    for optim in (fusedopt, torch.optim):
+        fit = functools.partial(lightning_fit, optim, tmp_path, "16-mixed", fused=True)
+        with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+            fit()
+        runs[optim] = fit(clip=None)
+    ours, theirs = runs.values()
+    assert_kernels_did_it(ours.optimizers().optimizer)
+    assert_close_runs((values(ours), ours.losses), (values(theirs), theirs.losses), ours.start)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_lightning_resumes_bitwise_from_its_checkpoint(precision, tmp_path):
+    whole = lightning_fit(fusedopt, tmp_path / "whole", precision, epochs=2)
+    resumed = lightning_fit(
+        fusedopt, tmp_path / "new", precision, resume=tmp_path / "whole" / "epoch=0.ckpt"
+    )
+    assert_kernels_did_it(resumed.optimizers().optimizer)
+    assert_equal_params(values(resumed), values(whole))
+    assert resumed.losses == whole.losses[len(resumed.losses) :]
