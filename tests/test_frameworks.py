@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-# Two correct optimizers differ in the last bits of a step. This is more than that has grown to by the
+# Two correct optimizers differ in the last bits of a step. This is more than that has grown to at the
 # end of a run, and less than a thousandth of the way the parameters went.
 ATOL = 2e-6
 
@@ -119,6 +119,7 @@ class TrainerRun:
                 per_device_train_batch_size=3,
                 gradient_accumulation_steps=2,
                 max_grad_norm=0.5,
+                weight_decay=hyper["weight_decay"],  # of groups that the Trainer makes itself
                 save_strategy="steps",
                 save_steps=4,
                 logging_steps=1,
