@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fusedopt
-
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 NEEDS = {"huggingface": "transformers", "accelerate": "accelerate", "lightning": "lightning"}
@@ -32,7 +30,7 @@ EXAMPLES = [
 
 
 def run(page):
-    """Runs the blocks of a page one after the other, as a reader would; returns what they define."""
+    """Runs the blocks of a page one after the other, as a reader does; returns what they define."""
     names = {"__name__": "__main__"}
     for block in blocks(page):
         exec(compile(block, title(page), "exec"), names)
