@@ -390,3 +390,98 @@ def test_lightning_resumes_the_other_ones_checkpoint(first, tmp_path):
     )
     losses = whole.losses[len(resumed.losses) :]
     assert_close_runs((values(resumed), resumed.losses), (values(whole), losses), whole.start)
+
+
+class Adversaries:
+    """Two optimizers that take turns, under manual optimization: each step freezes the other's."""
+
+    def __init__(self, optim, trainer_settings):
+        lightning = pytest.importorskip("lightning")
+
+        class Module(lightning.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.automatic_optimization = False
+                torch.manual_seed(0)
+                self.faker, self.judge = torch.nn.Linear(4, 8), torch.nn.Linear(8, 1)
+                self.losses, self.noise = [], torch.Generator().manual_seed(2)
+
+            def training_step(self, batch, _):
+                fakes = self.faker(torch.randn(4, 4, generator=self.noise))
+                faking, judging = self.optimizers()
+                for optimizer, scores in (
+                    (faking, [self.judge(fakes)]),
+                    (judging, [self.judge(batch[0]), -self.judge(fakes.detach())]),
+                ):
+                    self.toggle_optimizer(optimizer)
+                    loss = torch.nn.functional.softplus(-torch.cat(scores)).mean()
+                    self.manual_backward(loss)
+                    self.clip_gradients(optimizer, 0.5, "norm")
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    self.untoggle_optimizer(optimizer)
+                    self.losses.append(loss.item())
+
+            def configure_optimizers(self):
+                return (
+                    optim.Adam(self.faker.parameters(), lr=2e-3),
+                    optim.SGD(self.judge.parameters(), lr=0.1, momentum=0.9),
+                )
+
+        self.module = Module()
+        self.start = values(self.module)
+        loader = torch.utils.data.DataLoader(examples(), batch_size=4)
+        lightning.Trainer(max_epochs=2, **trainer_settings).fit(self.module, loader)
+
+    @property
+    def outcome(self):
+        return values(self.module), self.module.losses
+
+
+def test_lightning_takes_turns_between_optimizers_as_with_torch(tmp_path):
+    settings = {"accelerator": "cpu", "default_root_dir": tmp_path, "logger": False}
+    settings |= {"enable_progress_bar": False, "enable_checkpointing": False}
+    ours, theirs = (Adversaries(optim, settings) for optim in (fusedopt, torch.optim))
+    for optimizer in ours.module.optimizers():
+        assert_kernels_did_it(optimizer.optimizer)
+    assert_close_runs(ours.outcome, theirs.outcome, ours.start)
+
+
+class FabricRun:
+    """Lightning Fabric's loop. It makes a subclass of the optimizer's class for its wrapper."""
+
+    def __init__(self, optim):
+        lightning = pytest.importorskip("lightning")
+        self.fabric = lightning.Fabric(accelerator="cpu", devices=1)
+        model = classifier()
+        self.start, self.losses = values(model), []
+        self.given = optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+        self.model, self.optimizer = self.fabric.setup(model, self.given)
+
+    def epoch(self):
+        loader = torch.utils.data.DataLoader(examples(), batch_size=4)
+        for inputs, labels in self.fabric.setup_dataloaders(loader):
+            self.optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(self.model(inputs), labels)
+            self.fabric.backward(loss)
+            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=0.5)
+            self.optimizer.step()
+            self.losses.append(loss.item())
+        return self
+
+    @property
+    def checkpoint(self):
+        return {"model": self.model, "optimizer": self.optimizer}
+
+
+def test_fabric_trains_as_with_torch_and_resumes_bitwise(tmp_path):
+    ours, theirs = FabricRun(fusedopt).epoch(), FabricRun(torch.optim).epoch().epoch()
+    ours.fabric.save(tmp_path / "state.ckpt", ours.checkpoint)
+    ours.epoch()
+    assert_kernels_did_it(ours.given)
+    assert_kernels_did_it(ours.optimizer)
+    outcomes = [(values(run.model), run.losses) for run in (ours, theirs)]
+    assert_close_runs(*outcomes, ours.start)
+    resumed = FabricRun(fusedopt)
+    resumed.fabric.load(tmp_path / "state.ckpt", resumed.checkpoint)
+    assert_equal_params(values(resumed.epoch().model), values(ours.model))
