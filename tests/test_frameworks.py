@@ -278,7 +278,7 @@ def test_accelerates_saved_state_goes_on_bitwise(make, tmp_path):
 
 
 def lightning_module(optim, fused):
-    lightning = pytest.importorskip("lightning")
+    import lightning
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -320,8 +320,7 @@ PRECISIONS = {
 
 
 def lightning_fit(optim, folder, precision, epochs=2, resume=None, fused=None, clip=0.5):
-    import lightning
-
+    lightning = pytest.importorskip("lightning")
     module = lightning_module(optim, fused)
     module.start = values(module)
     trainer = lightning.Trainer(
