@@ -2,7 +2,9 @@
 
 import doctest
 import inspect
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,7 +197,7 @@ def test_gradients_of_parameters_are_left_alone():
     assert torch.equal(param.detach(), before - 1)
 
 
-def test_views_fp32_gradients_and_no_parameters_at_all():
+def test_views_fp32_gradients_complex_numbers_and_no_parameters_at_all():
     flat = torch.ones(12)
     half = torch.ones(6, dtype=torch.bfloat16)
     torch.ops.fusedopt.sgd_(
@@ -206,6 +208,9 @@ def test_views_fp32_gradients_and_no_parameters_at_all():
     )
     assert torch.equal(flat, torch.tensor([1.0] * 2 + [0.5] * 10))
     assert torch.equal(half, torch.full((6,), 0.75, dtype=torch.bfloat16))
+    turned = torch.ones(3, dtype=torch.complex64)
+    torch.ops.fusedopt.sgd_([turned], [turned * 1j], momentum_buffers=[], lr=1.0, maximize=True)
+    assert torch.equal(turned, torch.full((3,), 1 + 1j))
     torch.ops.fusedopt.sgd_([], [], momentum_buffers=[])
 
 
@@ -408,3 +413,9 @@ def test_its_documentation_can_be_read_and_its_example_runs():
     results = doctest.testmod(functional)
     assert results.attempted >= 4
     assert results.failed == 0
+    page = (Path(__file__).parent.parent / "docs/functional.md").read_text()
+    example = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    names = {}
+    exec(example, names)
+    assert names["step"] == 1
+    assert bool((names["weight"] < 1).all())
