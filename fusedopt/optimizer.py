@@ -35,8 +35,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     constructor, validation, errors, hooks, ``state_dict``, ``add_param_group``.
 
     Parameters that kernels cannot update (sparse gradients, ``differentiable=True``, devices
-    without a backend, tensor subclasses) are stepped by torch.optim's own code, one by one, as
-    `routes` lists; a named ``backend`` raises instead.
+    without a backend, tensor subclasses but DTensor) are stepped by torch.optim's own code, one by
+    one, as `routes` lists; a named ``backend`` raises instead.
 
     Args:
         *args, **kwargs: As the torch.optim class of the same name.

@@ -224,6 +224,7 @@ def everything_replaced_is_seen(world, mesh):
     step_pair(networks, optimizers, [5])
     assert_equal_pair(networks, optimizers)
 
+    kept = [param.grad for param in params[0]]  # what a stale pointer would still find
     for optimizer, (param, *others) in zip(optimizers, params, strict=True):
         param.grad = None
         for other in others:
@@ -231,8 +232,13 @@ def everything_replaced_is_seen(world, mesh):
         optimizer.step()
     assert_equal_pair(networks, optimizers)
 
-    optimizers[0].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    kept += [param.grad for param in params[0]]
     step_pair(networks, optimizers, [6])
+    assert_equal_pair(networks, optimizers)
+    del kept
+
+    optimizers[0].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    step_pair(networks, optimizers, [7])
     assert_equal_pair(networks, optimizers)
     assert_ours(optimizers[0])
 
@@ -375,6 +381,34 @@ def versions_are_bumped_as_torchs_step_does(world, mesh):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
     assert counts[0] == counts[1]
+
+
+@on_meshes(2)
+def grad_scaler_with_fused(world, mesh):
+    """An overflow that one rank alone has skips the step on all of them."""
+    networks = [sharded(mesh), sharded(mesh)]
+    runs = [
+        (net, module.AdamW(net.parameters(), lr=0.1, fused=True), torch.amp.GradScaler("cpu"))
+        for net, module in zip(networks, (fusedopt, torch.optim), strict=True)
+    ]
+    for seed in range(4):
+        for net, optimizer, scaler in runs:
+            scaler.scale(torch.ones(()))  # as a backward would ask for the scale
+            set_sharded_grads(net.parameters(), seed)
+            for param in net.parameters():
+                param.grad.to_local().mul_(scaler.get_scale())
+                if seed == 2 and world.rank == 0:
+                    param.grad.to_local().fill_(torch.inf)
+            before = net.first.weight.to_local().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(net.first.weight.to_local(), before) == (seed == 2)
+        assert runs[0][2].get_scale() == runs[1][2].get_scale()
+        for ours, theirs in zip(*(net.parameters() for net in networks), strict=True):
+            torch.testing.assert_close(ours.to_local(), theirs.to_local(), rtol=2e-6, atol=2e-6)
+            a, b = ours.grad.to_local(), theirs.grad.to_local()
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+    assert_ours(runs[0][1])
 
 
 @check
