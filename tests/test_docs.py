@@ -9,6 +9,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 NEEDS = {"huggingface": "transformers", "accelerate": "accelerate", "lightning": "lightning"}
+SLOW = {*NEEDS, "distributed"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def title(page):
@@ -23,7 +25,7 @@ def blocks(page):
 
 
 EXAMPLES = [
-    pytest.param(page, id=title(page), marks=[pytest.mark.slow] if page.stem in NEEDS else [])
+    pytest.param(page, id=title(page), marks=[pytest.mark.slow] if page.stem in SLOW else [])
     for page in PAGES
     if blocks(page)
 ]
@@ -43,6 +45,8 @@ def test_examples_run(page, tmp_path, monkeypatch):
     if page.stem in NEEDS:
         pytest.importorskip(NEEDS[page.stem])
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, value in ALONE.items():  # as torchrun starts a single process
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     try:
