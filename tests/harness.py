@@ -132,3 +132,21 @@ def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
     torch.save(state_dict, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def go_on(*runs: tuple[list[Tensor], torch.optim.Optimizer], steps: int = 2) -> None:
+    """Steps several runs over the same gradients."""
+    for step in range(steps):
+        for params, optimizer in runs:
+            set_grads(params, 10 + step)
+            optimizer.step()
+
+
+def assert_states_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Bit for bit; dtype, device and strides as well."""
+    assert list(ours) == list(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+        for attribute in ("dtype", "device", "shape"):
+            assert getattr(ours[name], attribute) == getattr(value, attribute), name
+        assert ours[name].stride() == value.stride(), name

@@ -69,6 +69,8 @@ def misaligned(value):
 
 def expanded(value):
     """One of the values, everywhere (stride 0), as the gradient of a sum."""
+    if value.numel() == 0:
+        return value
     return value.reshape(-1)[:1].reshape([1] * value.dim()).expand(value.shape)
 
 
@@ -85,10 +87,12 @@ class Story(RuleBasedStateMachine):
         beginning=st.sampled_from(sorted(BEGINNINGS)),
         dtypes=st.lists(st.sampled_from(STORY_DTYPES), min_size=1, max_size=4),
         flag=st.booleans(),
+        steps=st.integers(0, 2),
     )
-    def begin(self, beginning, dtypes, flag):
+    def begin(self, beginning, dtypes, flag, steps):
         self.case, sample = BEGINNINGS[beginning]
         self.seed = 0
+        self.layouts = {}
         ours = [self.new_param(dtype) for dtype in dtypes]
         self.params = [ours, [torch.nn.Parameter(p.detach().clone()) for p in ours]]
         self.kwargs = [self.case.kwargs(sample), {**self.case.kwargs(sample), "foreach": False}]
@@ -104,6 +108,8 @@ class Story(RuleBasedStateMachine):
         self.scalers = [
             torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2) for _ in range(2)
         ]
+        for _ in range(steps):
+            self.step_plainly()
 
     def new_param(self, dtype):
         self.seed += 1
@@ -115,14 +121,18 @@ class Story(RuleBasedStateMachine):
         for params, optimizer in zip(self.params, self.optimizers, strict=True):
             change(params, optimizer)
 
-    def each_of(self, index, change):
+    def each_of(self, index, change, then_step=False):
         """Does it to one parameter."""
         self.each(lambda params, optimizer: change(params[index % len(params)], optimizer))
+        if then_step:
+            self.step_plainly()
 
-    def each_group(self, index, change):
+    def each_group(self, index, change, then_step=False):
         self.each(
             lambda _, optimizer: change(optimizer.param_groups[index % len(optimizer.param_groups)])
         )
+        if then_step:
+            self.step_plainly()
 
     # ---- Steps ----------------------------------------------------------------------------------
 
@@ -156,32 +166,45 @@ class Story(RuleBasedStateMachine):
         if self.case.has_step:
             assert float(new_states["step"]) == count + 1
             if not states:  # created by this step
-                states = {name: torch.zeros_like(v) for name, v in new_states.items()}
+                first = self.optimizers[0].defaults.get("initial_accumulator_value", 0.0)
+                states = {name: torch.full_like(v, first) for name, v in new_states.items()}
         after = (param, new_states)
         before = (old, param.grad, states)
         assert_step_close(self.case.rule, param.dtype, before, after, int(count) + 1, hyper)
 
-    def give_gradients(self, params, missing, layout):
+    def give_gradients(self, params, missing=()):
+        """New ones, in each parameter's present layout.
+
+        Were it another one at every step, plans would be rebuilt so often that nothing they miss
+        could show.
+        """
         set_grads(params, self.seed)
         for index, param in enumerate(params):
-            if index in missing:
-                param.grad = None
-            elif index % 2 == 0:
-                param.grad = layout(param.grad)
+            layout = self.layouts.get(index, torch.clone)
+            param.grad = None if index in missing else layout(param.grad)
 
-    @rule(missing=st.sets(INDEX), layout=LAYOUTS, with_closure=st.booleans())
-    def step(self, missing, layout, with_closure):
+    def step_plainly(self):
+        self.seed += 1
+
+        def step(params, optimizer):
+            self.give_gradients(params)
+            optimizer.step()
+
+        self.stepped(step)
+
+    @rule(missing=st.sets(INDEX, max_size=3), with_closure=st.booleans())
+    def step(self, missing, with_closure):
         self.seed += 1
 
         def step(params, optimizer):
             def closure():
                 assert torch.is_grad_enabled()
-                self.give_gradients(params, missing, layout)
+                self.give_gradients(params, missing)
                 return 0.5
 
             if with_closure:
                 return optimizer.step(closure)
-            self.give_gradients(params, missing, layout)
+            self.give_gradients(params, missing)
             return optimizer.step()
 
         self.stepped(step)
@@ -190,17 +213,19 @@ class Story(RuleBasedStateMachine):
     def step_over_the_same_gradients(self):
         self.stepped(lambda params, optimizer: optimizer.step())
 
-    @rule(overflow=st.booleans(), missing=st.sets(st.integers(1, 10)), clip=st.booleans())
+    @rule(
+        overflow=st.booleans(), missing=st.sets(st.integers(1, 10), max_size=3), clip=st.booleans()
+    )
     def step_through_a_scaler(self, overflow, missing, clip):
         self.seed += 1
 
         def step(params, optimizer):
             scaler = self.scalers[optimizer is self.optimizers[1]]
             factor = scaler.scale(torch.ones(()))
-            self.give_gradients(params, missing, strided)
+            self.give_gradients(params, missing)
             for param in params:
-                if param.grad is not None:
-                    param.grad.mul_(factor.to(param.dtype))
+                if param.grad is not None:  # in memory of its own, where it was expanded
+                    param.grad = param.grad * factor.to(param.dtype)
             if overflow:
                 largest = max((p.grad for p in params if p.grad is not None), key=torch.numel)
                 if largest.numel() == 0:
@@ -237,7 +262,7 @@ class Story(RuleBasedStateMachine):
         known = set(self.optimizers[1].state)
 
         def step(params, optimizer):
-            self.give_gradients(params, (), torch.clone)
+            self.give_gradients(params)
             for param in params:
                 if param.dim() == 2:
                     param.grad = param.grad.to_sparse()
@@ -268,6 +293,10 @@ class Story(RuleBasedStateMachine):
     def zero_grad(self, set_to_none):
         self.each(lambda _, optimizer: optimizer.zero_grad(set_to_none=set_to_none))
 
+    @rule(index=INDEX, layout=LAYOUTS)
+    def change_a_layout(self, index, layout):
+        self.layouts[index % len(self.params[0])] = layout
+
     @rule(index=INDEX, layout=LAYOUTS, how=st.sampled_from(["replaced", "scaled", "none"]))
     def change_a_gradient(self, index, layout, how):
         def change(param, optimizer):
@@ -290,15 +319,20 @@ class Story(RuleBasedStateMachine):
             params.append(torch.nn.Parameter(new.detach().clone()))
             optimizer.add_param_group({"params": [params[-1]], "lr": lr})
 
-    @rule(index=INDEX, lr=st.floats(0, 0.5), kind=st.sampled_from(["number", "tensor", "fill"]))
-    def change_lr(self, index, lr, kind):
+    @rule(
+        index=INDEX,
+        lr=st.floats(0, 0.5),
+        kind=st.sampled_from(["number", "tensor", "fill"]),
+        then_step=st.booleans(),
+    )
+    def change_lr(self, index, lr, kind, then_step):
         def change(group):
             if kind == "fill" and isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr if kind == "number" else torch.tensor(lr, dtype=torch.float64)
 
-        self.each_group(index, change)
+        self.each_group(index, change, then_step)
 
     @rule(
         index=INDEX,
@@ -306,8 +340,9 @@ class Story(RuleBasedStateMachine):
         momentum=st.sampled_from([0.0, 0.5, 0.9]),
         betas=st.sampled_from([(0.9, 0.999), (0.5, 0.75)]),
         eps=st.sampled_from([1e-8, 1e-3]),
+        then_step=st.booleans(),
     )
-    def change_numbers(self, index, weight_decay, momentum, betas, eps):
+    def change_numbers(self, index, weight_decay, momentum, betas, eps, then_step):
         def change(group):
             values = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
             # torch's RMSprop misses the buffer that it made no room for.
@@ -315,19 +350,23 @@ class Story(RuleBasedStateMachine):
                 values["momentum"] = momentum
             group.update({key: value for key, value in values.items() if key in group})
 
-        self.each_group(index, change)
+        self.each_group(index, change, then_step)
 
-    @rule(index=INDEX, flag=st.sampled_from(["maximize", "nesterov", "amsgrad", "centered"]))
-    def change_a_flag(self, index, flag):
+    @rule(
+        index=INDEX,
+        flag=st.sampled_from(["maximize", "nesterov", "amsgrad", "centered"]),
+        then_step=st.booleans(),
+    )
+    def change_a_flag(self, index, flag, then_step):
         def change(group):
             if flag in {"maximize", "nesterov"} or group.get(flag):  # the others need a state
                 group.update({flag: not group[flag]} if flag in group else {})
 
-        self.each_group(index, change)
+        self.each_group(index, change, then_step)
 
-    @rule(index=INDEX)
-    def reorder_a_group(self, index):
-        self.each_group(index, lambda group: group["params"].reverse())
+    @rule(index=INDEX, then_step=st.booleans())
+    def reorder_a_group(self, index, then_step):
+        self.each_group(index, lambda group: group["params"].reverse(), then_step)
 
     @rule(index=INDEX, drop=st.booleans())
     def freeze_or_thaw(self, index, drop):
@@ -340,15 +379,15 @@ class Story(RuleBasedStateMachine):
 
     # ---- Memory ---------------------------------------------------------------------------------
 
-    @rule(index=INDEX, move=st.sampled_from(sorted(MOVES)))
-    def move_a_parameter(self, index, move):
+    @rule(index=INDEX, move=st.sampled_from(sorted(MOVES)), then_step=st.booleans())
+    def move_a_parameter(self, index, move, then_step):
         def change(param, optimizer):
             param.data = MOVES[move](param.data * 0.5)
 
-        self.each_of(index, change)
+        self.each_of(index, change, then_step)
 
-    @rule(index=INDEX, dtype=st.sampled_from(STORY_DTYPES))
-    def cast_a_parameter(self, index, dtype):
+    @rule(index=INDEX, dtype=st.sampled_from(STORY_DTYPES), then_step=st.booleans())
+    def cast_a_parameter(self, index, dtype, then_step):
         def change(param, optimizer):
             param.grad = None
             param.data = param.data.to(dtype)
@@ -357,21 +396,22 @@ class Story(RuleBasedStateMachine):
                 if name != "step" and value is not None:
                     state[name] = value.to(dtype)
 
-        self.each_of(index, change)
+        self.each_of(index, change, then_step)
 
-    @rule(index=INDEX)
-    def swap_a_parameter(self, index):
+    @rule(index=INDEX, then_step=st.booleans())
+    def swap_a_parameter(self, index, then_step):
         def change(param, optimizer):
             param.grad = None
             torch.utils.swap_tensors(param, torch.nn.Parameter(param.detach() * 0.5))
 
-        self.each_of(index, change)
+        self.each_of(index, change, then_step)
 
     @rule(
         index=INDEX,
         how=st.sampled_from(["zeros", "halves", "in place", "data", "entry", *sorted(MOVES)]),
+        then_step=st.booleans(),
     )
-    def change_states(self, index, how):
+    def change_states(self, index, how, then_step):
         def change(param, optimizer):
             state = optimizer.state.get(param, {})
             if how == "entry" and state:
@@ -389,10 +429,10 @@ class Story(RuleBasedStateMachine):
                 else:
                     state[name] = MOVES.get(how, torch.clone)(value * 0.5)
 
-        self.each_of(index, change)
+        self.each_of(index, change, then_step)
 
-    @rule(index=INDEX, count=st.integers(0, 50), in_place=st.booleans())
-    def change_a_step_count(self, index, count, in_place):
+    @rule(index=INDEX, count=st.integers(0, 50), in_place=st.booleans(), then_step=st.booleans())
+    def change_a_step_count(self, index, count, in_place, then_step):
         def change(param, optimizer):
             state = optimizer.state.get(param, {})
             if "step" in state:
@@ -401,13 +441,13 @@ class Story(RuleBasedStateMachine):
                 else:
                     state["step"] = torch.tensor(float(count))
 
-        self.each_of(index, change)
+        self.each_of(index, change, then_step)
 
-    @rule(index=INDEX)
-    def forget_a_state(self, index):
+    @rule(index=INDEX, then_step=st.booleans())
+    def forget_a_state(self, index, then_step):
         if self.case.name == "adagrad":  # made by the constructor, and missed by torch's step
             return
-        self.each_of(index, lambda param, optimizer: optimizer.state.pop(param, None))
+        self.each_of(index, lambda param, optimizer: optimizer.state.pop(param, None), then_step)
 
     # ---- Checkpoints and copies -----------------------------------------------------------------
 

@@ -134,6 +134,21 @@ def test_layouts_and_misaligned_rows(place, case):
 
 
 @EACH_CASE
+def test_complex_parameters(place, case):
+    ends = []
+    for device, backend in ((place.device, place.backend), ("cpu", "cpu")):
+        generator = torch.Generator().manual_seed(0)
+        values = [torch.randn(5, 7, dtype=torch.complex64, generator=generator) for _ in range(4)]
+        params = [torch.nn.Parameter(values[0].to(device))]
+        optimizer = case.fused()(params, backend=backend, **momentum_of(case))
+        for value in values[1:]:
+            params[0].grad = value.t().contiguous().t().to(device)
+            optimizer.step()
+        ends.append(snapshot(params, optimizer))
+    assert_equal(*ends)
+
+
+@EACH_CASE
 def test_values_that_are_not_finite(place, case):
     ends = []
     for device, backend in ((place.device, place.backend), ("cpu", "cpu")):

@@ -230,6 +230,45 @@ def test_a_gradient_that_is_the_parameter_itself():
     assert torch.equal(*outcomes)
 
 
+def one_gradient(params):
+    """The same tensor for all."""
+    shared = values((60,), 9)
+    for param in params:
+        param.grad = shared
+
+
+def views_of_a_bucket(params):
+    """Gradients side by side in one tensor, as DistributedDataParallel lays them."""
+    bucket = values((180,), 9)
+    for param, view in zip(params, bucket.split(60), strict=True):
+        param.grad = view
+
+
+def overlapping_views(params):
+    flat = values((100,), 9)
+    for index, param in enumerate(params):
+        param.grad = flat[20 * index : 20 * index + 60]
+
+
+@pytest.mark.parametrize("give", [one_gradient, views_of_a_bucket, overlapping_views])
+@pytest.mark.parametrize("case", CASES, **CASE_IDS)
+def test_gradients_that_share_memory(anywhere, case, give):
+    """They are only read: the results are those of gradients of their own."""
+    ends = []
+    for shared in (True, False):
+        params = make_params([(60,)] * 3)
+        give(params)
+        for param in params:
+            grad = param.grad.detach() if shared else param.grad.clone()
+            param.grad, param.data = None, param.data.to(anywhere.device)
+            param.grad = grad.to(anywhere.device)
+        optimizer = case.fused()(params, lr=0.1, weight_decay=0.1, backend=anywhere.backend)
+        for _ in range(3):
+            optimizer.step()
+        ends.append([param.detach().cpu() for param in params])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements():
     """Index arithmetic is 64-bit: first, boundary, middle and last elements all move."""
