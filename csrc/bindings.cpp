@@ -7,8 +7,8 @@
 #include "cpu/tiers.h"
 #include "plan/floor.h"
 #include "plan/plan.h"
-#include "plan/triton.h"
 #include "plan/tensors.h"
+#include "plan/triton.h"
 
 namespace fusedopt {
 namespace {

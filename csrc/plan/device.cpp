@@ -102,8 +102,7 @@ cuda::Stream current_stream(c10::Device device) {
   // c10's own way to a stream's handle is younger than the oldest torch supported.
   static const auto module = new py::module_(py::module_::import("torch._C"));
   const char* name = device.is_xpu() ? "_xpu_getCurrentRawStream" : "_cuda_getCurrentRawStream";
-  return reinterpret_cast<cuda::Stream>(
-      module->attr(name)(int(device.index())).cast<uintptr_t>());
+  return reinterpret_cast<cuda::Stream>(module->attr(name)(int(device.index())).cast<uintptr_t>());
 }
 
 CapturedTable::CapturedTable(cuda::Launcher& launcher, c10::Device device, cuda::Image image)
