@@ -8,7 +8,7 @@ import copy
 import pickle
 
 import torch
-from harness import through_a_file
+from harness import assert_states_equal, states_of, through_a_file
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
@@ -95,35 +95,35 @@ class Story(SideBySide):
         if self.case.name in {"sgd", "adagrad"} and any(map(any, group_values)):
             return
         self.seed += 1
-        known = set(self.optimizers[1].state)
 
         def step(params, optimizer):
             self.give_gradients(params)
             for param in params:
                 if param.dim() == 2:
                     param.grad = param.grad.to_sparse()
+            before = [(p, p.detach().clone(), states_of(optimizer, p)) for p in params]
             try:
-                optimizer.step()
+                end = optimizer.step()
             except RuntimeError as error:
                 end = str(error)
-            else:
-                end = None
+                self.refused(optimizer, before)
             optimizer.zero_grad()
             return end
 
-        self.stepped_or_not(step, known)
+        self.stepped(step)
 
-    def stepped_or_not(self, step, known):
-        ends = []
-
-        def noted(params, optimizer):
-            ends.append(step(params, optimizer))
-            if ends[-1] is not None and optimizer is self.optimizers[1]:
-                for param in set(optimizer.state) - known:  # torch's are made before it looks
-                    del optimizer.state[param]
-            return ends[-1]
-
-        self.stepped(noted)
+    def refused(self, optimizer, before):
+        """Ours is as it was; torch's, which steps the groups before the refused one, is made so."""
+        for param, value, states in before:
+            if optimizer is self.optimizers[0]:
+                assert torch.equal(param, value)
+                assert_states_equal(states_of(optimizer, param), states)
+                continue
+            param.data.copy_(value)
+            if not states:
+                optimizer.state.pop(param, None)
+            for name, state in states.items():
+                optimizer.state[param][name].copy_(state)
 
     @rule(set_to_none=st.booleans())
     def zero_grad(self, set_to_none):
@@ -203,6 +203,19 @@ class Story(SideBySide):
     @rule(index=INDEX, then_step=st.booleans())
     def reorder_a_group(self, index, then_step):
         self.each_group(index, lambda group: group["params"].reverse(), then_step)
+
+    @rule(index=INDEX, then_step=st.booleans())
+    def exchange_members_of_groups(self, index, then_step):
+        """The first of a group for the last of another, of the same or another lr."""
+
+        def change(params, optimizer):
+            groups = optimizer.param_groups
+            some, others = groups[index % len(groups)]["params"], groups[0]["params"]
+            some[0], others[-1] = others[-1], some[0]
+
+        self.each(change)
+        if then_step:
+            self.step_plainly()
 
     @rule(index=INDEX, drop=st.booleans())
     def freeze_or_thaw(self, index, drop):
@@ -284,6 +297,16 @@ class Story(SideBySide):
         if self.case.name == "adagrad":  # made by the constructor, and missed by torch's step
             return
         self.each_of(index, lambda param, optimizer: optimizer.state.pop(param, None), then_step)
+
+    @rule(index=INDEX, then_step=st.booleans())
+    def reinsert_a_state(self, index, then_step):
+        """The same entry, at another place among the states."""
+
+        def change(param, optimizer):
+            if param in optimizer.state:
+                optimizer.state[param] = optimizer.state.pop(param)
+
+        self.each_of(index, change, then_step)
 
     # ---- Checkpoints and copies -----------------------------------------------------------------
 
