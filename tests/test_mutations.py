@@ -394,7 +394,13 @@ def test_unmutated_passes(workshop: Workshop, tmp_path: Path, test: str) -> None
     assert re.search(rf"{test}: [1-9]\d* checks, 0 failures", result.stderr)
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def parameters() -> list:
+    """All mutations; slow ones compile every CUDA kernel's body."""
+    marks = {m.name: [pytest.mark.slow] for m in MUTATIONS if m.test in OWN_FLAGS and not m.rebuild}
+    return [pytest.param(m, id=m.name, marks=marks.get(m.name, [])) for m in MUTATIONS]
+
+
+@pytest.mark.parametrize("mutation", parameters())
 def test_mutation_fails(workshop: Workshop, tmp_path: Path, mutation: Mutation) -> None:
     copy_tree(tmp_path)
     source = tmp_path / "csrc" / mutation.file

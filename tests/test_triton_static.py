@@ -6,6 +6,7 @@ Kernels that were compiled before come out of Triton's cache, in build/.
 import re
 import subprocess
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import kernel_package
@@ -71,9 +72,15 @@ def update_kernel(rule, variant, storage, launcher=None, target=HOPPER):
     return Kernel(name, storage, instance.states, text, asm.get("cubin", b""))
 
 
-@pytest.fixture(scope="session")
-def updates():
-    return [update_kernel(*variant, storage) for variant in variants() for storage in STORAGES]
+# All storage types of one rule, and all rules in one type; the products are in the long run.
+SOME = [*product([("adam", 3)], STORAGES), *product(variants(), [(F32,) * 3])]
+EVERY = [*product(variants(), STORAGES)]
+SETS = [pytest.param(SOME, id="some"), pytest.param(EVERY, id="every", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="session", params=SETS)
+def updates(request):
+    return [update_kernel(*variant, storage) for variant, storage in request.param]
 
 
 @pytest.fixture(scope="session")
