@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from side_by_side import LAYOUTS, MOVES, STORY_DTYPES, SideBySide
 
+from fusedopt import _C
+
 SETTINGS = {
     "deadline": None,  # the machine decides how long a step takes
     "derandomize": True,  # the same stories on every run: a failure is the change's
@@ -209,9 +211,11 @@ class Story(SideBySide):
         """The first of a group for the last of another, of the same or another lr."""
 
         def change(params, optimizer):
-            groups = optimizer.param_groups
-            some, others = groups[index % len(groups)]["params"], groups[0]["params"]
-            some[0], others[-1] = others[-1], some[0]
+            groups = [optimizer.param_groups[i] for i in (index % len(optimizer.param_groups), 0)]
+            wanted = [_C.state_names(self.case.name, group) for group in groups]
+            if wanted[0] == wanted[1]:  # parameters take their states along
+                some, others = (group["params"] for group in groups)
+                some[0], others[-1] = others[-1], some[0]
 
         self.each(change)
         if then_step:
