@@ -8,7 +8,7 @@ import kernel_package
 import numpy as np
 import pytest
 import torch
-from harness import make_params
+from harness import make_params, set_grads
 
 import fusedopt
 from fusedopt import _C, backends
@@ -92,6 +92,37 @@ def test_a_kernel_that_does_not_compile_changes_nothing(monkeypatch):
         optimizer.step()
     assert torch.equal(params[0], before)
     assert not optimizer.state
+
+
+def test_a_second_table_without_room_changes_nothing_of_the_first(monkeypatch):
+    asked = []
+
+    class Cramped:
+        def load(self, *arguments):
+            pass
+
+        def multiprocessors(self):
+            asked.append(len(asked))
+            if len(asked) == 2:
+                raise RuntimeError("no room")
+            return 1
+
+        def update(self, *arguments):
+            updates.append(arguments)
+
+    updates = []
+    launcher = _C.triton_launcher(Cramped())
+    row = backends.Backend("cramped", ("cpu",), lambda: "", "", lambda: launcher)
+    monkeypatch.setitem(backends.BACKENDS, "cramped", row)
+    params = [*make_params([(5,)]), *make_params([(5,)], torch.float64)]
+    optimizer = fusedopt.AdamW(params, backend="cramped")
+    set_grads(params, 0)
+    with pytest.raises(RuntimeError, match="no room"):
+        optimizer.step()
+    assert updates == []
+    assert not optimizer.state
+    optimizer.step()
+    assert len(updates) == 2
 
 
 @pytest.mark.parametrize("layout", [False, True], ids=["linear", "with a layout"])

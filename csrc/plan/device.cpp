@@ -131,11 +131,14 @@ int CapturedTables::refresh(const std::string& rule_name, const py::list& param_
       throw std::runtime_error("param_groups: a captured group is gone; capture the step again");
     }
   }
-  for (const auto& table : alive) {
-    const c10::DeviceGuard guard(table->device);
-    const auto live = table->device.is_cpu() ? LiveTensors::kAll : LiveTensors::kOffHost;
-    std::vector<at::Tensor> kept;
+  struct Fresh {
     std::vector<cuda::DeviceHyper> hypers;
+    std::vector<at::Tensor> kept;
+  };
+  std::vector<Fresh> fresh;
+  for (const auto& table : alive) {  // all of them, before the first is changed
+    auto& [hypers, kept] = fresh.emplace_back();
+    const auto live = table->device.is_cpu() ? LiveTensors::kAll : LiveTensors::kOffHost;
     for (size_t g = 0; g < table->variants.size(); ++g) {
       const GroupValues values =
           reader.read(py::reinterpret_borrow<py::dict>(param_groups[g]), live);
@@ -146,13 +149,16 @@ int CapturedTables::refresh(const std::string& rule_name, const py::list& param_
       }
       hypers.push_back(device_hyper(values, table->device, kept));
     }
+  }
+  for (size_t t = 0; t < alive.size(); ++t) {
+    CapturedTable& table = *alive[t];
+    const c10::DeviceGuard guard(table.device);
     std::vector<cuda::Range> changed;
-    table->image.update_hypers(hypers, changed);
-    const auto size = static_cast<int64_t>(table->image.size());
-    upload(
-        table->image, changed,
-        at::from_blob(table->memory, {size}, at::TensorOptions(at::kByte).device(table->device)));
-    table->kept.insert(table->kept.end(), kept.begin(), kept.end());
+    table.image.update_hypers(fresh[t].hypers, changed);
+    const auto size = static_cast<int64_t>(table.image.size());
+    upload(table.image, changed,
+           at::from_blob(table.memory, {size}, at::TensorOptions(at::kByte).device(table.device)));
+    table.refreshed = std::move(fresh[t].kept);  // what it held before is read no more
   }
   return static_cast<int>(alive.size());
 }
@@ -171,14 +177,18 @@ TableOnDevice::TableOnDevice(cuda::Launcher& launcher, c10::Device device, const
   check(launcher_.load(storage, rule_->index, variant_));
 }
 
+void TableOnDevice::ready(const Table& table) {
+  if (image_ != nullptr) return;
+  const c10::DeviceGuard guard(device_);
+  auto image = std::make_unique<cuda::Image>(table, scalars_, groups_, launcher_.multiprocessors());
+  memory_ = at::empty({static_cast<int64_t>(image->size())},
+                      at::TensorOptions(at::kByte).device(device_));
+  image_ = std::move(image);
+}
+
 void TableOnDevice::step(const Table& table, const DeviceNumbers& numbers) {
   Leftovers::free();
   const c10::DeviceGuard guard(device_);
-  if (image_ == nullptr) {
-    image_ = std::make_unique<cuda::Image>(table, scalars_, groups_, launcher_.multiprocessors());
-    memory_ = at::empty({static_cast<int64_t>(image_->size())},
-                        at::TensorOptions(at::kByte).device(device_));
-  }
   if (image_->chunks() == 0 && scalars_ == cuda::Scalars::kHost) return;
   changed_.clear();
   image_->update(table, numbers.prepare, numbers.hypers, changed_);

@@ -54,8 +54,10 @@ struct CapturedTable {
   c10::Device device;
   cuda::Image image;
   std::byte* memory = nullptr;
-  std::vector<int> variants;     // of the groups, which replays cannot change
-  std::vector<at::Tensor> kept;  // numbers that the kernels read
+  std::vector<int> variants;  // of the groups, which replays cannot change
+  // Numbers that the kernels read: since the capture, and since the last refresh.
+  std::vector<at::Tensor> kept;
+  std::vector<at::Tensor> refreshed;
 };
 
 // The captured tables of an optimizer, whatever becomes of the plans that made them.
@@ -83,6 +85,10 @@ class TableOnDevice {
   cuda::Scalars scalars() const { return scalars_; }
   int64_t chunks() const { return image_ == nullptr ? 0 : image_->chunks(); }
   bool capturing() const { return launcher_.capturing(current_stream(device_)); }
+
+  // Makes the table's image and its memory, if there are none. Comes before the first table of a
+  // plan is stepped: there may be no room for the last one's.
+  void ready(const Table& table);
 
   // One step, in the order of the current stream: uploads what moved and launches.
   void step(const Table& table, const DeviceNumbers& numbers);

@@ -52,6 +52,7 @@ TrafficFloor::TrafficFloor(const pybind11::list& rows, const pybind11::object& l
     on_device_ = std::make_unique<TableOnDevice>(
         *launcher.cast<pybind11::capsule>().get_pointer<cuda::Launcher>(), device_, nullptr, 0,
         table_.storage, cuda::Scalars::kHost, 0);
+    on_device_->ready(table_);
   }
 }
 

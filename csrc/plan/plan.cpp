@@ -246,7 +246,11 @@ DeviceNumbers StepPlan::device_numbers(const Launch& launch, const AmpTensors& a
 void StepPlan::launch(const AmpTensors& amp) {
   std::vector<const Launch*> captures;
   for (const Launch& launch : launches_) {
-    if (launch.on_device == nullptr || !launch.on_device->capturing()) continue;
+    if (launch.on_device == nullptr) continue;
+    if (!launch.on_device->capturing()) {
+      launch.on_device->ready(launch.table);
+      continue;
+    }
     check_capture(launch);
     captures.push_back(&launch);
   }
