@@ -60,6 +60,7 @@ def report() -> list[tuple[str, str]]:
         ("torch", f"{torch.__version__}, built for {_build_info.TORCH_VERSION}"),
         ("compiler", _build_info.COMPILER),
         ("CUDA kernels", _cuda()),
+        ("GPU graphs", _C.gpu_runtime() or "no CUDA or HIP runtime library is loaded"),
         ("rules", ", ".join(_C.rules())),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads)"),
         ("CPU tiers", _tiers()),

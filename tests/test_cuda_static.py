@@ -6,6 +6,7 @@ Every .cu compiles alone, with `-I csrc` and nothing else. Skipped, visibly, whe
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -176,3 +177,14 @@ def test_halves_are_rounded_by_the_hardware(updates):
         for name, instruction in (("BF16", "cvt.rn.bf16"), ("F16", "cvt.rn.f16")):
             if f"fusedopt::{name}" in kernel.arguments[2:]:
                 assert instruction in kernel.ptx, kernel.name
+
+
+def test_graphs_find_their_calls_in_the_runtime_library():
+    """csrc/cuda/gpu.cpp asks a loaded library by name for what nothing links."""
+    libraries = [*Path(NVCC).resolve().parent.parent.rglob("libcudart.so*")]
+    libraries += [*Path("/usr/local/cuda").resolve().rglob("libcudart.so*")]
+    if not libraries:
+        pytest.skip("no libcudart.so beside nvcc")
+    code = f"import ctypes; ctypes.CDLL({str(libraries[0])!r}); from fusedopt import _C; "
+    told = run(sys.executable, "-c", code + "print(_C.gpu_runtime())")
+    assert "libcudart.so" in told
