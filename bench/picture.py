@@ -1,4 +1,4 @@
-"""The picture of the digits job: loss curves of torch.optim with fusedopt's drawn over them."""
+"""The pictures: loss curves with fusedopt's drawn over torch.optim's; bars of the pipeline job."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ matplotlib.use("Agg")  # a file is wanted, wherever this runs
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
 
-from . import train
+from . import pipeline, train
 
 # Okabe and Ito's colours: apart for colour-blind readers, each in a light and a dark shade.
 COLOURS = {
@@ -25,6 +26,16 @@ COLOURS = {
     "AdamW": ("#e5b9d2", "#8f3d6b"),
 }
 OTHER_COLOURS = ("#cccccc", "#555555")
+
+# The same palette, light beside dark, so that neighbours are apart in grey, too.
+STAGE_COLOURS = {
+    "unscale": "#56b4e9",
+    "clip": "#e69f00",
+    "step": "#0072b2",
+    "average": "#cc79a7",
+    "zero": "#f0e442",
+}
+CALL_COLOUR = "#009e73"
 
 
 def save_loss_curves(rows: Sequence[train.Row], path: Path) -> None:
@@ -94,3 +105,69 @@ def _draw_panel(axes: Axes, model: str, rows: Sequence[train.Row]) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=handles, frameon=False, fontsize=9)
+
+
+def save_pipeline(rows: Sequence[pipeline.Row], path: Path) -> None:
+    """Draws a panel a workload and optimizer: torch's stages stacked, fusedopt's call beside them.
+
+    Args:
+        rows: at least one row of the pipeline job.
+        path: of the PNG.
+    """
+    workloads = list(dict.fromkeys(row.task.workload for row in rows))
+    names = list(dict.fromkeys(row.task.optimizer for row in rows))
+    most = max(sum(row.task.workload == workload for row in rows) for workload in workloads)
+    width = 2.4 + 0.9 * most / len(names)
+    figure, panels = pyplot.subplots(
+        len(names), len(workloads), figsize=(max(7.5, width * len(workloads)), 5 * len(names)),
+        squeeze=False,
+    )  # fmt: skip
+    for line, name in zip(panels, names, strict=True):
+        for axes, workload in zip(line, workloads, strict=True):
+            shown = [row for row in rows if (row.task.workload, row.task.optimizer)
+                     == (workload, name)]  # fmt: skip
+            _draw_bars(axes, shown, f"{workload}, {name}")
+        line[0].set_ylabel("nanoseconds a parameter")
+    used = {stage for row in rows for stage in row.torch_bytes}
+    handles: list[Patch | Line2D] = [
+        Patch(color=colour, label=f"torch: {stage}")
+        for stage, colour in STAGE_COLOURS.items()
+        if stage in used
+    ]
+    handles.append(Patch(color=CALL_COLOUR, label="fusedopt: one call"))
+    handles.append(Line2D([], [], color="black", linewidth=2, label="traffic floor of the call"))
+    figure.suptitle(
+        "The step and what is around it: torch's chain of passes and fusedopt's one call\n"
+        "(medians; above fusedopt's bars: how many times faster)",
+        fontsize=11,
+    )
+    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 4), frameon=False,
+                  fontsize=9)  # fmt: skip
+    figure.tight_layout(rect=(0, 0.09 / len(names) + 0.02, 1, 1))
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def _draw_bars(axes: Axes, rows: Sequence[pipeline.Row], title: str) -> None:
+    """Draws a pair of bars for each chain."""
+    width = 0.38
+    for place, row in enumerate(rows):
+        bottom = 0.0
+        for stage in row.torch_bytes:
+            height = row.nanoseconds(stage)
+            axes.bar(place - width / 2, height, width * 0.94, bottom,
+                     color=STAGE_COLOURS[stage], edgecolor="white", linewidth=0.6)  # fmt: skip
+            bottom += height
+        ours, floor = row.nanoseconds(pipeline.CANDIDATE), row.nanoseconds(pipeline.FLOOR)
+        axes.bar(place + width / 2, ours, width * 0.94, color=CALL_COLOUR)
+        axes.hlines(floor, place + 0.01, place + width - 0.01, color="black", linewidth=2)
+        label = f"{row.speedup().median:.1f}x"
+        axes.annotate(label, (place + width / 2, max(ours, floor)), (0, 3), ha="center",
+                      textcoords="offset points", fontsize=9)  # fmt: skip
+    axes.set_xticks(range(len(rows)), [row.task.chain for row in rows])
+    axes.set_xlim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel("chain")
+    axes.set_title(title, fontsize=11)
+    axes.grid(True, axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

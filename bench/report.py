@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from . import step, train
+from . import pipeline, step, train
 from .providers import PROVIDERS
 from .timing import Stats
 
@@ -33,10 +33,10 @@ def make_console() -> Console:
     return console
 
 
-def make_table() -> Table:
-    """An empty table with a first column for the optimizer's name."""
+def make_table(first: str = "optimizer") -> Table:
+    """An empty table with a first column for names."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.add_column("optimizer", vertical="bottom", no_wrap=True)
+    table.add_column(first, vertical="bottom", no_wrap=True)
     return table
 
 
@@ -214,7 +214,11 @@ def speed(ratio: float) -> str:
 
 def milliseconds(stats: Stats) -> str:
     """Milliseconds of a time in seconds, three digits."""
-    value = stats.median * 1e3
+    return three_digits(stats.median * 1e3)
+
+
+def three_digits(value: float) -> str:
+    """Three digits of a number above 0, none of them beyond the third decimal."""
     return f"{value:.{min(3, max(0, 2 - math.floor(math.log10(value))))}f}"
 
 
@@ -225,6 +229,87 @@ def times_factor(ratio: Stats | None, digits: int = 1) -> str:
 
 def _was_asked(row: step.Row, name: str) -> bool:
     return name in row.race.seconds or name in row.unavailable
+
+
+# ---- the pipeline job ----
+
+
+def pipeline_table(rows: Sequence[pipeline.Row]) -> Group:
+    """The rows of one workload, each with its bytes beneath."""
+    workload = rows[0].workload
+    rounds = max(len(times) for row in rows for times in row.race.seconds.values())
+    stages = max((list(row.torch_bytes) for row in rows), key=len)
+    table = make_table("optimizer, chain")
+    add_figures(table, *(f"torch\n{stage}" for stage in stages), "torch\nall")
+    add_figures(table, "ours\none call", style="bold")
+    add_figures(table, "\nfloor", "torch\n/ ours", "ours\n/ floor")
+    for row in rows:
+        theirs, ours = row.torch_bytes, sum(row.fused_bytes.values())
+        table.add_row(
+            f"{row.task.optimizer} {row.task.chain}",
+            *(three_digits(row.nanoseconds(name)) if name in theirs else ABSENT for name in stages),
+            *(
+                three_digits(row.nanoseconds(name))
+                for name in (pipeline.TORCH, pipeline.CANDIDATE, pipeline.FLOOR)
+            ),
+            times_factor(row.speedup()),
+            times_factor(row.over_floor(), 2),
+        )
+        table.add_row(
+            "  bytes",
+            *(str(theirs[name]) if name in theirs else ABSENT for name in stages),
+            str(sum(theirs.values())),
+            str(ours),
+            str(ours),
+            f"{sum(theirs.values()) / ours:.1f}x",
+            style="dim",
+        )
+    size = f"{workload.elements:,} elements in all"
+    unit = f"ns a parameter, median of {rounds} rounds"
+    return titled(f"{workload.name}: {workload.summary}, {size}; {unit}", table)
+
+
+def pipeline_notes(rows: Sequence[pipeline.Row]) -> list[str]:
+    """Where torch has no fused step, and which races were shortened."""
+    notes = [
+        f"{row.task.optimizer}: torch has no fused step, its default was timed"
+        for row in rows
+        if row.torch_step != PROVIDERS[step.FUSED].title
+    ]
+    slow = [
+        f"{name} on {row.task.workload} ({row.task.chain})"
+        for row in rows
+        for name in (pipeline.TORCH, pipeline.STAGED, pipeline.CANDIDATE, pipeline.FLOOR)
+        if row.race.stats(name).rounds < len(row.race.seconds[name])
+    ]
+    if slow:
+        notes.append(f"slow, so timed in fewer rounds: {', '.join(slow)}")
+    return list(dict.fromkeys(notes))
+
+
+def pipeline_legend(rows: Sequence[pipeline.Row]) -> str:
+    """What the chains and the columns are."""
+    chains = {row.task.chain: row.chain.summary for row in rows}
+    listed = "; ".join(f"{name}: {summary}" for name, summary in chains.items())
+    return (
+        f"Chains: {listed}. bytes: a parameter, what each stage has to read and write. ours: "
+        "fusedopt; torch / ours: how many times faster the one call is; ours / floor: 1.00x is the "
+        "time of moving its bytes without maths. Ratios are medians over rounds."
+    )
+
+
+def pipeline_summary(rows: Sequence[pipeline.Row]) -> list[str]:
+    """One sentence for each chain and optimizer."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        faster, floor = row.speedup().median, row.over_floor().median
+        said.setdefault((row.task.optimizer, row.task.chain), []).append(
+            f"on {row.workload.name} {speed(faster)} torch's chain and {floor:.2f}x the floor"
+        )
+    return [
+        f"fusedopt's {optimizer} with {chain}: {'; '.join(parts)}."
+        for (optimizer, chain), parts in said.items()
+    ]
 
 
 # ---- the result file ----

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import machine, report, step, train
+from . import machine, pipeline, report, step, train
 
 # The networks are below the size from which torch splits most of its loops, and a second thread
 # that has to be waited for makes training on a busy machine many times slower.
@@ -70,6 +70,7 @@ class Session:
         self.machine = machine.describe()
         self.train_rows: list[train.Row] = []
         self.step_rows: list[step.Row] = []
+        self.pipeline_rows: list[pipeline.Row] = []
         report.print_machine(self.console, self.machine)
 
     @property
@@ -143,6 +144,45 @@ class Session:
                 self.say(report.STEP_LEGEND)
                 self.say(report.step_summary(self.step_rows))
 
+    def pipeline(self, tasks: list[pipeline.Task]) -> None:
+        """Times chains and calls; prints a workload's table once it is complete, then draws."""
+        options = self.options
+        threads = options.threads or torch.get_num_threads()
+        total = len(tasks) * options.rounds
+        self.say(
+            f"\nTiming the step and what is around it, {counted(options.rounds, 'round')}, "
+            f"round-robin in one process, {counted(threads, 'thread')}"
+        )
+        shown: list[pipeline.Row] = []
+        try:
+            with (
+                use_threads(threads),
+                progress_bar(self.console, total) as advance,
+            ):
+                for row in pipeline.measure(tasks, options.rounds, options.seconds, advance):
+                    if shown and shown[0].task.workload != row.task.workload:
+                        self.console.print(report.pipeline_table(shown))
+                        shown.clear()
+                    shown.append(row)
+                    self.pipeline_rows.append(row)
+        finally:
+            if shown:
+                self.console.print(report.pipeline_table(shown))
+                for note in report.pipeline_notes(self.pipeline_rows):
+                    self.say(note)
+                self.say(report.pipeline_legend(self.pipeline_rows))
+                for line in report.pipeline_summary(self.pipeline_rows):
+                    self.say(line)
+                self.draw_pipeline()
+
+    def draw_pipeline(self) -> None:
+        """Draws the picture of the pipeline job."""
+        from . import picture  # matplotlib is slow to import: not before it has work
+
+        path = self.options.out / "pipeline.png"
+        picture.save_pipeline(self.pipeline_rows, path)
+        self.say(f"Bars: {path}")
+
     @property
     def train_result(self) -> dict[str, Any]:
         """The digits job, as it stands in the result file."""
@@ -156,7 +196,14 @@ class Session:
     @property
     def step_result(self) -> dict[str, Any]:
         """The step job, as it stands in the result file."""
-        rows = [row.to_json() for row in self.step_rows]
+        return self._race_result([row.to_json() for row in self.step_rows])
+
+    @property
+    def pipeline_result(self) -> dict[str, Any]:
+        """The pipeline job, as it stands in the result file."""
+        return self._race_result([row.to_json() for row in self.pipeline_rows])
+
+    def _race_result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if not rows:
             return {"rows": rows}
         options = self.options
@@ -173,6 +220,7 @@ class Session:
                 "machine": self.machine,
                 "train": self.train_result,
                 "step": self.step_result,
+                "pipeline": self.pipeline_result,
             }
             report.write_json(self.options.json, content)
             self.say(f"Everything measured: {self.options.json}")

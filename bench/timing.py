@@ -20,6 +20,8 @@ from torch.utils.benchmark import timer
 
 MIN_ROUNDS = 5
 
+Step = Callable[[], object]
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -55,7 +57,7 @@ class Race:
     """Times of the steps of several providers over the same rounds.
 
     Attributes:
-        seconds: by provider, then by round; nan in rounds it sat out.
+        seconds: by provider, or by `stage_of` one, then by round; nan in rounds it sat out.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -70,11 +72,24 @@ class Race:
         return Stats.of([a / b for a, b in pairs if not (math.isnan(a) or math.isnan(b))])
 
 
-def time_once(step: Callable[[], object]) -> float:
+def stage_of(name: str, stage: str) -> str:
+    """The name that the times of a provider's stage have in a race."""
+    return f"{name}/{stage}"
+
+
+def time_once(step: Step) -> float:
     """Seconds of one call of `step`."""
     start = timer()
     step()
     return timer() - start
+
+
+def time_all(name: str, step: Step | Mapping[str, Step]) -> dict[str, float]:
+    """Seconds of a step, and of its stages where it has some, by their names in a race."""
+    if not isinstance(step, Mapping):
+        return {name: time_once(step)}
+    times = {stage_of(name, stage): time_once(part) for stage, part in step.items()}
+    return {name: sum(times.values()), **times}
 
 
 def rounds_to_run(estimate: float, rounds: int, budget: float) -> list[bool]:
@@ -101,34 +116,45 @@ def order_of_round(names: Sequence[str], index: int) -> list[str]:
 
 def run_race(
     race: Race,
-    steps: Mapping[str, Callable[[], object]],
+    steps: Mapping[str, Step | Mapping[str, Step]],
     rounds: int,
     budget: float,
     on_round: Callable[[int], None] = lambda index: None,
+    before: Mapping[str, Step] | None = None,
 ) -> None:
     """Warms every step up twice and times it, round-robin.
 
     Args:
         race: receives the times round by round, so that an interrupted race keeps its whole rounds.
-        steps: by name, what to time.
+        steps: by name, what to time; or its stages in their order, timed one by one.
         rounds: number of rounds.
         budget: seconds a single step may take over all rounds before it sits some out.
         on_round: called before each round with its index, to move a progress bar.
+        before: by name, what makes a step's inputs what they were; called before each, not timed.
     """
-    runs = {}
-    for name, step in steps.items():
-        step()  # allocates states, builds the plan
-        runs[name] = rounds_to_run(time_once(step), rounds, budget)
+
+    def attempt(name: str) -> dict[str, float]:
+        if before is not None and name in before:
+            before[name]()
+        return time_all(name, steps[name])
+
+    runs, names = {}, {}
+    for name in steps:
+        attempt(name)  # allocates states, builds the plan
+        times = attempt(name)
+        runs[name] = rounds_to_run(times[name], rounds, budget)
+        names[name] = list(times)
     gc.collect()
     gc.disable()  # a collection inside a step would be billed to it
     try:
         for index in range(rounds):
             on_round(index)
-            times = {
-                name: time_once(steps[name]) if runs[name][index] else math.nan
-                for name in order_of_round(list(steps), index)
-            }
-            for name in steps:
+            times = {}
+            for name in order_of_round(list(steps), index):
+                times |= (
+                    attempt(name) if runs[name][index] else dict.fromkeys(names[name], math.nan)
+                )
+            for name in [timed for step in steps for timed in names[step]]:
                 race.seconds.setdefault(name, []).append(times[name])
     finally:
         gc.enable()

@@ -52,18 +52,66 @@ bool has_kernel(const at::Tensor& param, const at::Tensor& grad, const at::Tenso
   return storage_index({*storage_dtype(param), *storage_dtype(grad), *storage_dtype(state)}) >= 0;
 }
 
+void bind_onepass(py::module_& m) {
+  py::class_<OnePass, std::shared_ptr<OnePass>>(m, "OnePass")
+      .def(py::init<>())
+      .def_readwrite("max_norm", &OnePass::max_norm)
+      .def_readwrite("measures", &OnePass::measures)
+      .def_readwrite("check", &OnePass::check)
+      .def_readwrite("ema_decay", &OnePass::ema_decay)
+      .def_readwrite("zero_grads", &OnePass::zero_grads)
+      .def_readwrite("accumulates", &OnePass::accumulates)
+      .def_readwrite("mean", &OnePass::mean)
+      .def_property_readonly("may_skip", &OnePass::may_skip)
+      .def("taken", [](OnePass& self, py::handle p) { return self.member(p.ptr()).taken; })
+      .def("fresh", [](OnePass& self, py::handle p) { return self.member(p.ptr()).fresh; })
+      .def("remember",
+           [](OnePass& self, py::handle param, bool taken, bool fresh) {
+             OnePass::Member& member = self.member(param.ptr());
+             member.taken = taken;
+             member.fresh = fresh;
+           })
+      .def("forget", [](OnePass& self) { self.members().clear(); })
+      .def_property("window_weight", &OnePass::window_weight, &OnePass::reset_window)
+      // A verdict's memory, by device; csrc/core/onepass.h says what is in it.
+      .def_property_readonly("verdicts", [](const OnePass& self) {
+        py::list tensors;
+        for (const auto& [device, tensor] : self.verdicts()) {
+          tensors.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)));
+        }
+        return tensors;
+      });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   py::class_<CapturedTables, std::shared_ptr<CapturedTables>>(m, "CapturedTables")
       .def(py::init<>())
       .def("refresh", &CapturedTables::refresh, py::arg("rule"), py::arg("param_groups"));
+  py::enum_<Purpose>(m, "Purpose")
+      .value("UPDATE", Purpose::kUpdate)
+      .value("ACCUMULATE", Purpose::kAccumulate)
+      .value("CLOSE", Purpose::kClose)
+      .value("FLUSH", Purpose::kFlush);
+  bind_onepass(m);
   py::class_<StepPlan>(m, "StepPlan")
       .def(py::init<const std::string&, const py::list&, const py::dict&, const py::list&,
-                    const py::list&, const py::dict&, std::shared_ptr<CapturedTables>>(),
+                    const py::list&, const py::dict&, std::shared_ptr<CapturedTables>,
+                    std::shared_ptr<OnePass>>(),
            py::arg("rule"), py::arg("param_groups"), py::arg("state"), py::arg("rows"),
-           py::arg("idle"), py::arg("launchers"), py::arg("captured"))
-      .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"))
+           py::arg("idle"), py::arg("launchers"), py::arg("captured"), py::arg("onepass"))
+      .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"),
+           py::arg("purpose") = Purpose::kUpdate)
+      .def(
+          "launch_onepass",
+          [](StepPlan& plan, const py::object& grad_scale, const py::object& found_inf,
+             double weight, const py::object& live_weight, const py::object& reduce) {
+            const AmpTensors amp{tensor_or_undefined(grad_scale), tensor_or_undefined(found_inf)};
+            return plan.launch(amp, {weight, tensor_or_undefined(live_weight)}, reduce);
+          },
+          py::arg("grad_scale"), py::arg("found_inf"), py::arg("weight"), py::arg("live_weight"),
+          py::arg("reduce"))
       .def(
           "launch",
           [](StepPlan& plan, const py::object& grad_scale, const py::object& found_inf) {
@@ -73,9 +121,13 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("on_device", &StepPlan::on_device)
       .def("describe", &StepPlan::describe);
   py::class_<TrafficFloor>(m, "TrafficFloor")
-      .def(py::init<const py::list&, const py::object&>(), py::arg("rows"),
-           py::arg("launcher") = py::none())
+      .def(py::init<const py::list&, const py::object&, bool, bool>(), py::arg("rows"),
+           py::arg("launcher") = py::none(), py::arg("measures") = false,
+           py::arg("zero_grads") = false)
       .def("run", &TrafficFloor::run);
+
+  // What `refresh` says of a flush that meets a gradient which is in no accumulator.
+  m.attr("UNSEEN_GRADIENT") = kUnseenGradient;
 
   m.def("rules", &rules);
   m.def("state_names", &state_names, py::arg("rule"), py::arg("group"));

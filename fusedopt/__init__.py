@@ -10,8 +10,10 @@ from fusedopt.adagrad import Adagrad
 from fusedopt.adam import Adam
 from fusedopt.adamw import AdamW
 from fusedopt.backends import cpu_tier, cpu_tiers
-from fusedopt.packing import Route
+from fusedopt.grad_scaler import GradScaler
+from fusedopt.ranks import accumulating
 from fusedopt.rmsprop import RMSprop
+from fusedopt.routing import Route
 from fusedopt.sgd import SGD
 
 __version__ = "0.1.0"
@@ -21,8 +23,10 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "GradScaler",
     "RMSprop",
     "Route",
+    "accumulating",
     "cpu_tier",
     "cpu_tiers",
     "functional",

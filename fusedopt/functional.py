@@ -59,7 +59,8 @@ from torch import Tensor
 from fusedopt._extension import _C
 from fusedopt.backends import Backend, backend_for
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.packing import Group, Row, why_state_torch, why_torch
+from fusedopt.packing import Row
+from fusedopt.routing import Group, why_state_torch, why_torch
 
 _LIBRARY = torch.library.Library("fusedopt", "DEF")
 
@@ -137,7 +138,7 @@ class _Step:
             for kind, backend in backends.items()
             if backend is not None and (launcher := backend.launcher()) is not None
         }
-        plan = _C.StepPlan(self.rule, [group], state, rows, [], launchers, _C.CapturedTables())
+        plan = _C.StepPlan(self.rule, [group], state, rows, [], launchers, _C.CapturedTables(), None)
         reason = plan.refresh([group], state)
         if reason is not None:
             raise ValueError(f"{self.name}: the step cannot be prepared: {reason}")

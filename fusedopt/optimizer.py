@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any, ClassVar, overload
 
@@ -16,15 +18,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fusedopt import amp
 from fusedopt._extension import _C
 from fusedopt.backends import BACKENDS, Backend, backend_for, check_backend
-from fusedopt.packing import (
-    Packed,
-    Route,
-    check_loaded_state,
-    check_loaded_steps,
-    describe,
-    routes,
-    why_torch,
-)
+from fusedopt.loading import check_loaded_state, check_loaded_steps
+from fusedopt.onepass import ENTRIES, WINDOW, OnePass, Options, arithmetic_dtype
+from fusedopt.packing import Packed
+from fusedopt.routing import Route, describe, routes, why_torch
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -45,10 +42,28 @@ class FusedOptimizer(torch.optim.Optimizer):
         state_dtype: torch.float32 keeps the states of bfloat16 and float16 parameters in fp32, so
             that small contributions are not rounded away; None has them in the parameter's dtype,
             as torch.optim does. Other parameters' states are in their own dtype either way.
+        max_grad_norm: Clips the gradients of a step to this global norm, as
+            ``torch.nn.utils.clip_grad_norm_`` does, but in the update's pass and without changing
+            ``.grad``. ``float("inf")`` measures the norm only; see `grad_norm`.
+        skip_nonfinite: A step whose gradients are not all finite changes no parameter, state or
+            step count; see `step_was_skipped`.
+        ema_decay: Averages the parameters: ``ema = ema_decay * ema + (1 - ema_decay) * p`` after
+            every update, from the parameters before the first one on, in float32 for 16-bit
+            parameters. Stands in ``state[p]["ema"]``; see `swap_ema`.
+        zero_grads: The update leaves gradients at zero, in place, whether it was skipped or not.
+        accumulation_steps: Calls of `step` that make one update, from the mean of their gradients.
+            All but the last add the gradients to accumulators in float32 and free them.
+        accumulation_reduction: "sum" where losses are divided by the number of micro-batches.
+        accumulation_dtype: torch.float32 makes accumulators with the rest of the state; None when
+            they are needed.
+
+    None of these needs a pass of its own over the parameters, or waits for a device. They are for
+    all parameters of the optimizer: one that torch.optim must step raises.
 
     Raises:
         ValueError: an unknown backend, or a named one that cannot update some parameter; another
-            state_dtype, or one that a parameter which torch.optim must step cannot have.
+            state_dtype, or one that a parameter which torch.optim must step cannot have; another of
+            the options above, out of range or for such a parameter.
         RuntimeError: a backend that is not available here.
     """
 
@@ -89,6 +104,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         *args: Any,
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        zero_grads: bool = False,
+        accumulation_steps: int = 1,
+        accumulation_reduction: str = "mean",
+        accumulation_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         if state_dtype not in (None, torch.float32):
@@ -98,6 +120,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         self.backend = check_backend(backend)
         self.state_dtype = state_dtype
+        self._options = Options(
+            max_grad_norm,
+            skip_nonfinite,
+            ema_decay,
+            zero_grads,
+            accumulation_steps,
+            accumulation_reduction,
+            accumulation_dtype,
+        )
         self._loading: dict[str, Any] | None = None
         self._forget()
         super().__init__(*args, **kwargs)
@@ -113,6 +144,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         # took place, where GradScaler may have skipped those there were.
         self._first_flags: dict[Tensor, Tensor] = {}
         self._reported_torch = False
+        self._swapped = False
+        # None as long as a step is an update and nothing else.
+        self._onepass = OnePass(self._options) if self._options.needed else None
+
+    def _need_onepass(self) -> OnePass:
+        if self._onepass is None:
+            self._onepass = OnePass(self._options)
+            self._packed = None
+        return self._onepass
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
@@ -127,9 +167,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._onepass is not None:
+            self._check_not_swapped()
+            self._onepass.step(self, closure)
+            return loss
         packed = self._packed
         if packed is None or packed.refresh() is not None:
-            packed = self._pack()
+            packed = self._pack(_C.Purpose.UPDATE)
         try:
             if packed.rows == 0 or packed.on_device:  # AMP's tensors are read on their device
                 packed.launch()
@@ -181,14 +225,28 @@ class FusedOptimizer(torch.optim.Optimizer):
         ),
     )
 
-    def _pack(self) -> Packed:
+    def _pack(self, purpose: Any) -> Packed:
         self._packed = None  # first: a plan that no longer fits must not survive a failure
         packed = Packed(self)
-        reason = packed.refresh()
+        reason = packed.refresh(purpose)
+        if reason == _C.UNSEEN_GRADIENT:
+            packed.undo()
+            raise RuntimeError(
+                "step() after accumulate() found gradients that accumulate() was not given: call "
+                "it after every backward(), or zero_grad() if they are not wanted. Nothing was "
+                "changed"
+            )
         if reason is not None:
             packed.undo()
             raise RuntimeError(f"the step cannot be prepared: {reason}")
         self._packed = packed
+        return packed
+
+    def _fit(self, purpose: Any) -> Packed:
+        """A plan that is up to date for this purpose."""
+        packed = self._packed
+        if packed is None or packed.refresh(purpose) is not None:
+            packed = self._pack(purpose)
         return packed
 
     def _state_names(self, group: dict[str, Any]) -> list[str]:
@@ -207,6 +265,150 @@ class FusedOptimizer(torch.optim.Optimizer):
             return backend_for(param.device.type)
         backend = BACKENDS[self.backend]
         return backend if param.device.type in backend.device_types else None
+
+    # ---- Accumulating --------------------------------------------------------------------------
+
+    def accumulate(self, weight: float | Tensor = 1.0) -> None:
+        """Adds the gradients to those of the present window, and frees them.
+
+        Call it after every ``backward()``; the next `step` then updates from the weighted mean of
+        what it was given (``accumulation_reduction="sum"``: the weighted sum), and starts another
+        window. With each micro-batch's number of samples or tokens as its weight, that is the
+        gradient of the one big batch, whatever the sizes. A parameter without a gradient adds zero;
+        one that had none in the whole window is not updated.
+
+        Args:
+            weight: A number, or a tensor of one element, which is not waited for.
+
+        Raises:
+            ValueError: a negative or infinite weight. Of a device tensor that cannot be seen: a
+                window whose weight is not above 0 is skipped.
+            RuntimeError: there is no gradient at all; ``accumulation_steps`` counts already;
+                Accelerate or Lightning accumulate, too. Nothing is counted.
+
+        Example:
+            >>> import torch, fusedopt
+            >>> weight = torch.nn.Parameter(torch.zeros(1))
+            >>> optimizer = fusedopt.SGD([weight], lr=1.0)
+            >>> for batch in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([6.0])):
+            ...     (weight * batch).mean().backward()
+            ...     optimizer.accumulate(weight=len(batch))
+            >>> optimizer.step()
+            >>> weight.item()  # less the mean of all four
+            -3.0
+        """
+        self._check_not_swapped()
+        self._need_onepass().accumulate(self, weight)
+
+    @property
+    def will_step(self) -> bool:
+        """Whether the next `step` updates, instead of only counting a micro-batch."""
+        return self._onepass is None or self._onepass.will_step
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Calls of `step` that make one update. Can be set where a window begins."""
+        return self._options.accumulation_steps
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, steps: int) -> None:
+        micro_batches = self._onepass.micro_batches if self._onepass is not None else 0
+        if micro_batches and steps != self._options.accumulation_steps:
+            raise RuntimeError(
+                f"accumulation_steps={steps!r} in the middle of a window, which has "
+                f"{micro_batches} of {self._options.accumulation_steps} micro-batches: set it after "
+                "a step that updates (will_step is True before one). Nothing was changed"
+            )
+        self._set_options(accumulation_steps=steps)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The global norm that gradients are clipped to. Can be set at any time."""
+        return self._options.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, limit: float | None) -> None:
+        self._set_options(max_grad_norm=limit)
+
+    def _set_options(self, **changes: Any) -> None:
+        options = replace(self._options, **changes)  # raises before anything is changed
+        self._options = options
+        if self._onepass is None and not options.needed:
+            return
+        measured = self._need_onepass().core.measures
+        accumulated = self._need_onepass().core.accumulates
+        self._need_onepass().adopt(options)
+        core = self._need_onepass().core
+        if (measured, accumulated) != (core.measures, core.accumulates):
+            self._packed = None
+
+    # ---- What a step found out -----------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients that the last update saw, before it was clipped.
+
+        Unscaled and averaged over the window; a tensor on the parameters' device (the first one's),
+        which nothing waits for until it is read. None without ``max_grad_norm`` or
+        ``skip_nonfinite``.
+        """
+        return self._onepass.grad_norm() if self._onepass is not None else None
+
+    @property
+    def step_was_skipped(self) -> Tensor:
+        """Whether the last update did not take place, as a bool on the parameters' device."""
+        return self._onepass.was_skipped() if self._onepass is not None else torch.tensor(False)
+
+    # ---- Averaged parameters -------------------------------------------------------------------
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Puts the averages in place of the parameters for the time of a ``with`` block.
+
+        Parameters that have not been updated yet stay as they are. Their own values are kept in
+        memory meanwhile and come back at the end, whatever was written to the parameters.
+
+        Raises:
+            RuntimeError: the optimizer has no ``ema_decay``; blocks are nested; a step is taken
+                inside.
+
+        Example:
+            >>> import torch, fusedopt
+            >>> weight = torch.nn.Parameter(torch.ones(1))
+            >>> optimizer = fusedopt.SGD([weight], lr=1.0, ema_decay=0.5)
+            >>> weight.sum().backward()
+            >>> optimizer.step()
+            >>> with optimizer.swap_ema():
+            ...     weight.item()
+            0.5
+            >>> weight.item()
+            0.0
+        """
+        if self._options.ema_decay is None:
+            raise RuntimeError(
+                "swap_ema() without averages: construct the optimizer with ema_decay, such as 0.999"
+            )
+        self._check_not_swapped()
+        averaged = [(p, s["ema"]) for p, s in self.state.items() if "ema" in s]
+        with torch.no_grad():
+            own = [param.detach().clone() for param, _ in averaged]
+            self._swapped = True
+            try:
+                for param, average in averaged:
+                    param.copy_(average)
+                with torch.enable_grad():
+                    yield
+            finally:
+                for (param, _), value in zip(averaged, own, strict=True):
+                    param.copy_(value)
+                self._swapped = False
+
+    def _check_not_swapped(self) -> None:
+        if self._swapped:
+            raise RuntimeError(
+                "the parameters are their averages inside of swap_ema(); leave it before a step or "
+                "another swap"
+            )
 
     def refresh_hyperparameters(self) -> int:
         """Gives the numbers in ``param_groups`` to the CUDA graphs that captured this step.
@@ -263,8 +465,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. State of parameters whose every step GradScaler skipped is left out."""
-        self._settle_first_flags()
+        self._settle()
         return super().state_dict()
+
+    def _settle(self) -> None:
+        """Makes the state tell what devices and the window know."""
+        if self._onepass is not None and self._onepass.core.accumulates:
+            self._onepass.settle(self)
+        else:
+            self._settle_first_flags()
 
     def _settle_first_flags(self) -> None:
         """Asks the device which parameters have taken a step; drops the state of the others."""
@@ -293,21 +502,25 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _declared(self, state: dict[str, Any]) -> dict[str, Any]:
         """A loaded state whose tensors torch has cast, with those in their declared dtype again."""
-        if self.state_dtype is None or self._loading is None:
+        if self._loading is None:
             return state
         old = chain.from_iterable(group["params"] for group in self._loading["param_groups"])
         new = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, param in zip(old, new, strict=True):
             loaded = self._loading["state"].get(number, {})
-            for name in self._all_state_names & loaded.keys():
-                if isinstance(loaded[name], Tensor):
-                    dtype = self._dtype_of_states(param)
-                    state["state"][param][name] = loaded[name].to(param.device, dtype)
+            dtypes = dict.fromkeys(ENTRIES, arithmetic_dtype(param))
+            if self.state_dtype is not None:
+                dtypes |= dict.fromkeys(self._all_state_names, self._dtype_of_states(param))
+            for name in dtypes.keys() & loaded.keys():
+                value = loaded[name]
+                if isinstance(value, Tensor):
+                    where = ("cpu", torch.float64) if name == WINDOW else (param.device, dtypes[name])
+                    state["state"][param][name] = value.to(*where)
         return state
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle_first_flags()
-        ours = {"backend": self.backend, "state_dtype": self.state_dtype}
+        self._settle()
+        ours = {"backend": self.backend, "state_dtype": self.state_dtype, "_options": self._options}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -315,11 +528,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         before = self.__dict__.copy()
         try:
             if "_captured" not in before:  # unpickled or copied
+                options = state.get("_options", Options())
                 self.__dict__.update(backend="auto", state_dtype=None, _loading=None)
+                self._options = options
                 self._forget()
             check_loaded_steps(self, state)
             super().__setstate__(self._declared(state))
             check_loaded_state(self)
+            if self._onepass is not None or any(WINDOW in s for s in self.state.values()):
+                self._onepass = OnePass(self._options)
+                self._onepass.restore(self)
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(before)

@@ -10,155 +10,32 @@ import inspect
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused, _get_scalar_dtype
 
+from fusedopt import ranks
 from fusedopt._extension import _C
-from fusedopt.backends import Backend
+from fusedopt.onepass import WINDOW
+from fusedopt.routing import (
+    SHARED_MEMORY,
+    Group,
+    describe,
+    repeated_params,
+    why_state_torch,
+    why_torch,
+)
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
 
 logger = logging.getLogger("fusedopt")
 
-Group = dict[str, Any]
-
-# The __torch_function__ of types that behave as plain tensors: a subclass that brings its own may
-# give operations another meaning, which kernels on its memory would miss.
-_PLAIN_TORCH_FUNCTIONS = (
-    torch.Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
-    torch._C._disabled_torch_function_impl,
-)
-
 # Group index, parameter, whether its state was created for the step to come, and the flag on the
 # device that says so where only the device knows.
 Row = tuple[int, Tensor, bool, "Tensor | None"]
-
-_SHARED_MEMORY = "its memory or its state's overlaps another parameter's"
-
-
-@dataclass(frozen=True)
-class Route:
-    """Where a parameter is updated.
-
-    Attributes:
-        group: Index of its param group.
-        index: Its index in the group.
-        name: Its name, where the group has named parameters.
-        shape, dtype, device: The parameter's.
-        backend: "cpu", "cuda", or "torch" for torch.optim's own step.
-        reason: Why torch steps it, "" when kernels do.
-    """
-
-    group: int
-    index: int
-    name: str | None
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    backend: str
-    reason: str
-
-
-def describe(group: Group, index: int) -> str:
-    """A parameter, as error messages name it."""
-    names = group.get("param_names")
-    name = f" ({names[index]!r})" if names else ""
-    return f"parameter {index}{name} of shape {tuple(group['params'][index].shape)}"
-
-
-def why_torch(group: Group, param: Tensor, backend: Backend | None) -> str:
-    """Why torch.optim must step ``param``, judged by the group, the parameter and its gradient.
-
-    ``backend`` is the one that serves the parameter's device, None without one.
-    """
-    if group.get("differentiable"):
-        return "its group has differentiable=True"
-    if backend is None:
-        return f"the parameter is on device {param.device}, for which this build has no kernels"
-    if group.get("capturable") and backend.launcher() is None:
-        return "its group has capturable=True, and a step on the CPU cannot be captured"
-    hook = type(param).__torch_function__
-    if getattr(hook, "__func__", hook) not in _PLAIN_TORCH_FUNCTIONS:
-        return "the parameter is a tensor subclass"
-    return _C.why_not_fused(param, param.grad)
-
-
-def why_state_torch(param: Tensor, states: list[Tensor]) -> str:
-    """Why torch.optim must step ``param``, judged by its state tensors."""
-    for state in states:
-        reason = _C.why_state_unfit(param, state)
-        if reason:
-            return reason
-    if len({state.dtype for state in states}) > 1:
-        return "its states have several dtypes"
-    grad = param if param.grad is None else param.grad
-    state = states[0] if states else param
-    if not _C.has_kernel(param, grad, state):
-        return f"no kernel is built for dtypes {param.dtype}, {grad.dtype} and {state.dtype}"
-    return ""
-
-
-def repeated_params(optimizer: FusedOptimizer) -> set[int]:
-    """The ids of parameters that are listed more than once, which torch steps as often."""
-    counts = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
-    return {key for key, count in counts.items() if count > 1}
-
-
-def check_loaded_steps(optimizer: FusedOptimizer, loaded: dict[str, Any]) -> None:
-    """Raises ValueError, naming the parameter, for a loaded state without the step that it needs.
-
-    For before torch's ``__setstate__``, which reads the step counts.
-    """
-    if optimizer._has_step:
-        for where, _, _, state in _states_by_param(loaded["param_groups"], loaded["state"]):
-            if state.get("step") is None:
-                raise _missing(optimizer, where, "step", state)
-
-
-def check_loaded_state(optimizer: FusedOptimizer) -> None:
-    """Raises ValueError, naming the parameter, for a state of a wrong shape or a missing one."""
-    for where, group, param, state in _states_by_param(optimizer.param_groups, optimizer.state):
-        for name in optimizer._state_names(group):
-            value = state.get(name)
-            if value is None:
-                if optimizer._has_step:
-                    raise _missing(optimizer, where, name, state)
-            elif not isinstance(value, Tensor):
-                raise ValueError(
-                    f"{where}: {name!r} is {value!r}, wanted a tensor of the parameter's shape; "
-                    "load a checkpoint of this model. Nothing was loaded."
-                )
-            elif value.shape != param.shape:
-                raise ValueError(
-                    f"{where}: {name!r} has shape {tuple(value.shape)}, wanted the "
-                    "parameter's; load a checkpoint of this model. Nothing was loaded."
-                )
-
-
-def _states_by_param(
-    param_groups: list[Group], states: dict[Tensor, dict[str, Any]]
-) -> Iterator[tuple[str, Group, Tensor, dict[str, Any]]]:
-    """What error messages call it, group, parameter and state, where a parameter has a state."""
-    number = -1
-    for group in param_groups:
-        for index, param in enumerate(group["params"]):
-            number += 1
-            if state := states.get(param):
-                yield f"state of {describe(group, index)} (number {number})", group, param, state
-
-
-def _missing(optimizer: FusedOptimizer, where: str, name: str, state: dict[str, Any]) -> ValueError:
-    return ValueError(
-        f"{where}: {name!r} is missing (found {sorted(state)}); load a checkpoint of "
-        f"{type(optimizer).__name__} with the same flags. Nothing was loaded."
-    )
-
 
 class Packed:
     """A plan with its torch-stepped remainder, for one optimizer.
@@ -190,6 +67,7 @@ class Packed:
                 idle,
                 self.launchers,
                 optimizer._captured,
+                optimizer._onepass and optimizer._onepass.core,
             )
         except BaseException:
             self.undo()
@@ -204,6 +82,7 @@ class Packed:
 
     def _sort(self) -> tuple[list[Row], list[Tensor]]:
         optimizer = self.optimizer
+        entries = self.entries
         rows: list[Row] = []
         idle: list[Tensor] = []
         repeated = repeated_params(optimizer)
@@ -213,15 +92,19 @@ class Packed:
                 backend = optimizer._backend_of(param)
                 reason = why_torch(group, param, backend)
                 if id(param) in repeated:
-                    reason = reason or _SHARED_MEMORY
-                if not reason and param.grad is None and not self._has_state(param, names):
+                    reason = reason or SHARED_MEMORY
+                waits = param.grad is None and not self._has_state(param, [*names, *entries])
+                if not reason and waits:
                     idle.append(param)
                     continue
                 fresh = False
                 launcher = backend.launcher() if backend is not None else None
                 if not reason:
-                    fresh = self._create_state(group, param, names, launcher is not None)
-                    reason = why_state_torch(param, self._states(param, names))
+                    on_device = launcher is not None
+                    fresh = self._create_state(group, param, names, on_device)
+                    self._create_entries(param, entries, on_device)
+                    states, others = self._states(param, names), self._states(param, entries)
+                    reason = why_state_torch(param, states, others)
                 if reason:
                     self._to_torch(number, index, param, reason)
                     continue
@@ -230,15 +113,25 @@ class Packed:
                 rows.append((number, param, fresh, optimizer._first_flags.get(param)))
         return rows, idle
 
+    @property
+    def entries(self) -> list[str]:
+        """What a parameter's state has beside what its rule keeps."""
+        onepass = self.optimizer._onepass
+        return onepass.entries() if onepass is not None else []
+
     def _states(self, param: Tensor, names: list[str]) -> list[Tensor]:
-        return [self.optimizer.state[param][name] for name in names]
+        return [self.optimizer.state[param][name] for name in names if name != WINDOW]
 
     def _has_state(self, param: Tensor, names: list[str]) -> bool:
         state = self.optimizer.state.get(param) or {}
         wanted = [*names, "step"] if self.optimizer._has_step else names
-        if not wanted:
-            return True
         return all(state.get(name) is not None for name in wanted)
+
+    @property
+    def _may_skip(self) -> bool:
+        """Whether a device may decide that a step does not take place, whatever the group."""
+        onepass = self.optimizer._onepass
+        return onepass is not None and onepass.core.may_skip
 
     def _create_state(self, group: Group, param: Tensor, names: list[str], on_device: bool) -> bool:
         """Creates what is missing, as torch does; returns whether anything was."""
@@ -247,12 +140,13 @@ class Packed:
             return False
         state = optimizer.state[param]
         if optimizer._has_step:
-            if state:
+            if state.keys() - set(self.entries):
                 missing = next(name for name in [*names, "step"] if state.get(name) is None)
                 raise KeyError(missing)
             if group.get("fused"):
                 _device_dtype_check_for_fused(param)
             counts_there = group.get("fused") or group.get("capturable")
+            counts_there = counts_there or (self._may_skip and on_device)
             self.created.append((param, ["step", *names]))
             state["step"] = torch.zeros(
                 (),
@@ -261,7 +155,8 @@ class Packed:
             )
         else:
             self.created.append((param, names))
-            if group.get("fused") and on_device:  # only there is known if the step took place
+            if on_device and (group.get("fused") or self._may_skip):
+                # Only there is known if the step took place.
                 optimizer._first_flags[param] = torch.ones(
                     (), dtype=torch.int32, device=param.device
                 )
@@ -269,24 +164,45 @@ class Packed:
             state[name] = optimizer._initial_state(param, name)
         return True
 
+    def _create_entries(self, param: Tensor, entries: list[str], on_device: bool) -> None:
+        """Creates what options ask for, and has steps counted where they may be skipped."""
+        optimizer = self.optimizer
+        if optimizer._onepass is None:
+            return
+        missing = [name for name in entries if name not in optimizer.state.get(param, {})]
+        if missing:
+            self.created.append((param, missing))
+        for name in missing:
+            optimizer.state[param][name] = optimizer._onepass.initial(param, name)
+        if self._may_skip and on_device and optimizer._has_step:
+            step = optimizer.state[param]["step"]
+            if step.device != param.device:
+                optimizer.state[param]["step"] = step.to(param.device)
+
     def _drop_overlapping(self, rows: list[Row]) -> list[Row]:
         """Moves rows that share memory to torch, which steps them one after the other."""
         groups = self.optimizer.param_groups
-        written = [
-            [param, *self._states(param, self.optimizer._state_names(groups[number]))]
-            if self.optimizer._state_names(groups[number])
-            else [param]
-            for number, param, *_ in rows
-        ]
+        written = []
+        for number, param, *_ in rows:
+            names = self.optimizer._state_names(groups[number]) + self.entries
+            written.append([param, *self._states(param, names)])
         shared = set(_C.overlapping(written))
         for row in sorted(shared):
             number, param, *_ = rows[row]
             index = next(i for i, p in enumerate(groups[number]["params"]) if p is param)
-            self._to_torch(number, index, param, _SHARED_MEMORY)
+            self._to_torch(number, index, param, SHARED_MEMORY)
         return [row for i, row in enumerate(rows) if i not in shared]
 
     def _to_torch(self, number: int, index: int, param: Tensor, reason: str) -> None:
         backend = self.optimizer.backend
+        onepass = self.optimizer._onepass
+        if onepass is not None:
+            group = self.optimizer.param_groups[number]
+            raise ValueError(
+                f"{', '.join(onepass.options.asked) or 'accumulate()'} cannot be had for "
+                f"{describe(group, index)} of param group {number}, which torch.optim must step: "
+                f"{reason}; leave it out, or give that parameter an optimizer of its own"
+            )
         if backend != "auto":
             group = self.optimizer.param_groups[number]
             raise ValueError(
@@ -318,11 +234,11 @@ class Packed:
             "; ".join(f"{reason} ({count})" for reason, count in counts.items()),
         )
 
-    def refresh(self) -> str | None:
+    def refresh(self, purpose: Any = _C.Purpose.UPDATE) -> str | None:
         """Brings the plan up to date; returns why it no longer fits, having changed nothing."""
         optimizer = self.optimizer
         for number, _, param, reason in self.torch_params:
-            if reason == _SHARED_MEMORY:
+            if reason == SHARED_MEMORY:
                 continue
             if number >= len(optimizer.param_groups):
                 return "the parameter groups have other members"
@@ -330,7 +246,7 @@ class Packed:
             now = why_torch(group, param, optimizer._backend_of(param))
             if now != reason and (now or not reason.startswith(("a state", "its states", "no "))):
                 return "a parameter's route changed"
-        return self.plan.refresh(optimizer.param_groups, optimizer.state)
+        return self.plan.refresh(optimizer.param_groups, optimizer.state, purpose)
 
     @property
     def on_device(self) -> bool:
@@ -349,6 +265,28 @@ class Packed:
         else:
             self.plan.launch()
         self.created.clear()
+
+    def launch_onepass(self, weight: float | Tensor) -> bool:
+        """The same with what the options ask for; returns whether the host knows of no skip.
+
+        Gradients count with ``weight``, if they are accumulated.
+        """
+        optimizer = self.optimizer
+        live = weight if isinstance(weight, Tensor) else None
+        try:
+            took_place: bool = self.plan.launch_onepass(
+                getattr(optimizer, "grad_scale", None),
+                getattr(optimizer, "found_inf", None),
+                1.0 if isinstance(weight, Tensor) else float(weight),
+                live,
+                ranks.add_up_shards,
+            )
+        except BaseException:
+            self.undo()
+            raise
+        if took_place:
+            self.created.clear()
+        return took_place
 
     def undo(self) -> None:
         """Removes the state that was created for a step that did not take place, if one did not."""
@@ -387,33 +325,3 @@ def torch_step(
         inspect.unwrap(optimizer._torch_class.step)(stand_in)
 
 
-def routes(optimizer: FusedOptimizer) -> Iterator[Route]:
-    """Where each parameter would be updated now. Creates no state."""
-    repeated = repeated_params(optimizer)
-    entries = []
-    for number, group in enumerate(optimizer.param_groups):
-        names = optimizer._state_names(group)
-        for index, param in enumerate(group["params"]):
-            state = optimizer.state.get(param) or {}
-            states = [state[name] for name in names if state.get(name) is not None]
-            backend = optimizer._backend_of(param)
-            reason = why_torch(group, param, backend) or (
-                _SHARED_MEMORY if id(param) in repeated else why_state_torch(param, states)
-            )
-            name = "torch" if reason or backend is None else backend.name
-            entries.append((number, index, param, states, reason, name))
-    fused = [entry for entry in entries if not entry[4]]
-    shared = {id(fused[i][2]) for i in _C.overlapping([[e[2], *e[3]] for e in fused])}
-    for number, index, param, _, reason, name in entries:
-        reason = reason or (_SHARED_MEMORY if id(param) in shared else "")
-        param_names = optimizer.param_groups[number].get("param_names")
-        yield Route(
-            group=number,
-            index=index,
-            name=param_names[index] if param_names else None,
-            shape=tuple(param.shape),
-            dtype=param.dtype,
-            device=param.device,
-            backend="torch" if reason else name,
-            reason=reason,
-        )

@@ -7,6 +7,7 @@ which is skipped, visibly, where there is none.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -34,6 +35,16 @@ needs_two_gpus = pytest.mark.skipif(
 )
 
 
+class Place:
+    """What places have in common."""
+
+    @classmethod
+    def launches(cls, function: Callable[[], Any]) -> tuple[int, int]:
+        """How many update and prepare kernels `function` launches."""
+        found = cls.all_launches(function)
+        return found.get("update", 0), found.get("prepare", 0)
+
+
 class Host:
     """The CPU, under its own kernels."""
 
@@ -41,7 +52,7 @@ class Host:
     row = backends.BACKENDS["cpu"]
 
 
-class Rehearsed:
+class Rehearsed(Place):
     """CPU tensors as a GPU's, under the CUDA kernels' bodies; see rehearsal.py."""
 
     name = backend = "rehearsal"
@@ -51,12 +62,12 @@ class Rehearsed:
     fail_next = staticmethod(rehearsal.fail_next)
 
     @staticmethod
-    def launches(function: Callable[[], Any]) -> tuple[int, int]:
-        """How many update and prepare kernels `function` launches."""
+    def all_launches(function: Callable[[], Any]) -> dict[str, int]:
+        """How many kernels `function` launches, by kind; those that it does not are left out."""
         before = rehearsal.launches()
         function()
         after = rehearsal.launches()
-        return after[0] - before[0], after[1] - before[1]
+        return {k: n - before[k] for k, n in after.items() if n != before[k]}
 
     @staticmethod
     def capturable_classes() -> bool:
@@ -68,7 +79,7 @@ class WatchedKernels:
     """A Triton launcher that counts its calls, and fails when it is told to."""
 
     def __init__(self) -> None:
-        self.counts = {"update": 0, "prepare": 0}
+        self.counts = dict.fromkeys(rehearsal.KINDS, 0)
         self.failure = ""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -86,7 +97,7 @@ class WatchedKernels:
         return watched
 
 
-class Interpreted:
+class Interpreted(Place):
     """CPU tensors as a GPU's, under the Triton kernels in their interpreter."""
 
     name = backend = "interpreted"
@@ -111,11 +122,11 @@ class Interpreted:
         cls.kernels.failure = status.decode()
 
     @classmethod
-    def launches(cls, function: Callable[[], Any]) -> tuple[int, int]:
-        """How many update and prepare kernels `function` launches."""
+    def all_launches(cls, function: Callable[[], Any]) -> dict[str, int]:
+        """How many kernels `function` launches, by kind; those that it does not are left out."""
         before = dict(cls.kernels.counts)
         function()
-        return tuple(count - before[name] for name, count in cls.kernels.counts.items())
+        return {k: n - before[k] for k, n in cls.kernels.counts.items() if n != before[k]}
 
     @staticmethod
     def capturable_classes() -> bool:
@@ -146,7 +157,7 @@ class CudaGraph:
         del self._graph
 
 
-class Cuda:
+class Cuda(Place):
     """A GPU, under the CUDA kernels."""
 
     name = backend = device = "cuda"
@@ -159,15 +170,16 @@ class Cuda:
         pytest.skip("a GPU's launches do not fail on demand")
 
     @staticmethod
-    def launches(function: Callable[[], Any]) -> tuple[int, int]:
-        """How many update and prepare kernels `function` launches, by torch's profiler."""
+    def all_launches(function: Callable[[], Any]) -> dict[str, int]:
+        """How many kernels `function` launches, by kind, by torch's profiler."""
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             function()
             torch.cuda.synchronize()
         names = [event.name for event in profiler.events() if "fusedopt" in event.name]
-        prepares = sum("update_prepare" in name for name in names)
-        return len(names) - prepares, prepares
+        kinds = ("prepare", "norm", "accumulate")
+        found = [next((kind for kind in kinds if kind in name), "update") for name in names]
+        return dict(Counter(found))
 
     @staticmethod
     def capturable_classes() -> bool:

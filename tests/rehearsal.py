@@ -29,7 +29,7 @@ FLAGS += " -fPIC -shared -fvisibility=hidden -Wall -Werror"
 def library() -> ctypes.CDLL:
     """The compiled launcher; kept in build/ under a name that its sources decide."""
     text = hashlib.sha256(FLAGS.encode())
-    for path in (SOURCE, *sorted((ROOT / "csrc").rglob("*.h"))):
+    for path in (SOURCE, SOURCE.with_name("bodies.h"), *sorted((ROOT / "csrc").rglob("*.h"))):
         text.update(path.read_bytes())
     built = ROOT / f"build/rehearsal/{text.hexdigest()[:16]}.so"
     if not built.exists():
@@ -58,14 +58,18 @@ def launcher() -> object:
 BACKEND = backends.Backend("rehearsal", ("cpu",), lambda: "", "", launcher)
 
 
-def launches() -> tuple[int, int]:
-    """How many updates and prepares were launched since the library was loaded."""
-    return library().rehearsal_count(0), library().rehearsal_count(1)
+# What is launched.
+KINDS = ("update", "prepare", "norm", "accumulate")
+
+
+def launches() -> dict[str, int]:
+    """How many of each kind were launched since the library was loaded."""
+    return {kind: library().rehearsal_count(place) for place, kind in enumerate(KINDS)}
 
 
 def placed() -> int:
     """How many captured tables there are."""
-    return library().rehearsal_count(2)
+    return library().rehearsal_count(len(KINDS))
 
 
 def fail_next(status: bytes) -> None:

@@ -14,10 +14,10 @@ import fusedopt
 from fusedopt import _C, backends
 
 # The structs of csrc/cuda/table.h.
-ROW = np.dtype("u8, u8, 3u8, i4, i4, i4, i4")
-ROW.names = ("param", "grad", "state", "slot", "layout", "width", "head")
+ROW = np.dtype("u8, u8, 5u8, i8, i4, i4, i4, i4")
+ROW.names = ("param", "grad", "state", "norm_block", "slot", "layout", "width", "head")
 CHUNK = np.dtype([("begin", "i8"), ("count", "i4"), ("row", "i4")])
-LAYOUT = np.dtype([("dims", "i8"), ("sizes", "i8", 64), ("strides", "i8", (5, 64))])
+LAYOUT = np.dtype([("dims", "i8"), ("sizes", "i8", 64), ("strides", "i8", (7, 64))])
 
 
 def run(code, **env):
@@ -133,7 +133,7 @@ def test_elements_past_two_to_the_31st(layout):
     expected = param - lr * grad
     rows, chunks, layouts = np.zeros(1, ROW), np.zeros(1, CHUNK), np.zeros(1, LAYOUT)
     addresses = param.data_ptr() - 4 * begin, grad.data_ptr() - 4 * begin
-    rows[0] = (*addresses, (0, 0, 0), 0, 0 if layout else -1, 1 if layout else 4, 0)
+    rows[0] = (*addresses, (0,) * 5, 0, 0, 0 if layout else -1, 1 if layout else 4, 0)
     chunks[0] = (begin, count, 0)
     layouts[0]["dims"] = 2
     layouts[0]["sizes"][:2] = (2**34, 2)
@@ -141,7 +141,7 @@ def test_elements_past_two_to_the_31st(layout):
     slots = np.array([1.0, lr, 0, 0, 0, 0], np.float32)  # SGD's
     table = [part.ctypes.data for part in (rows, chunks, layouts, slots)]
     kernels = kernel_package.interpreted().Launcher()
-    kernels.update([*_C.rules()].index("sgd"), 0, 0, 0, 0, *table, 1, 0, 0, 0)
+    kernels.update([*_C.rules()].index("sgd"), 0, 0, 0, 0, *table, 1, 0, 0, 0, 0, 0)
     assert torch.equal(param, expected)
 
 

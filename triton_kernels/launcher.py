@@ -20,11 +20,21 @@ from fusedopt import _C
 from . import floor as traffic
 from .math import INTERPRETED
 from .multi_tensor import THREADS, Prepare, Update, fusedopt_update, fusedopt_update_prepare
+from .norm import Accumulate, Norm, fusedopt_accumulate, fusedopt_norm
 
 # In the order of `DType` in csrc/core/dtype.h.
 DTYPES = (tl.float32, tl.float64, tl.bfloat16, tl.float16)
 # Programs a multiprocessor: as many as it has threads for.
 PROGRAMS_EACH = 2048 // THREADS
+
+# What a kernel is compiled for, and the kernels, as profilers name them.
+Instance = Update | Prepare | Norm | Accumulate
+KERNELS = {
+    Update: fusedopt_update,
+    Prepare: fusedopt_update_prepare,
+    Norm: fusedopt_norm,
+    Accumulate: fusedopt_accumulate,
+}
 
 # Takes the number of programs, the stream and the kernel's arguments.
 Launch = Callable[..., None]
@@ -56,15 +66,25 @@ def floor_of(states: int) -> Update:
     return Update(traffic.update, traffic.Scalars, tl.constexpr(0), states, *3 * [tl.float32])
 
 
-def kernel_of(instance: Update | Prepare) -> triton.runtime.KernelInterface:
-    """The kernel that an instance is compiled from, as profilers name it."""
-    return fusedopt_update if isinstance(instance, Update) else fusedopt_update_prepare
+def _of_gradients(param: int, grad: int) -> tuple[tl.dtype, tl.dtype]:
+    compute = tl.float64 if DTYPES[param] == tl.float64 else tl.float32
+    return DTYPES[grad], compute
 
 
-def compile_for(target: GPUTarget, instance: Update | Prepare) -> CompiledKernel:
+def norm_of(param: int, grad: int) -> Norm:
+    """What the norm of gradients is compiled for."""
+    return Norm(*_of_gradients(param, grad))
+
+
+def accumulate_of(param: int, grad: int) -> Accumulate:
+    """What adds gradients to the accumulators is compiled for."""
+    return Accumulate(*_of_gradients(param, grad))
+
+
+def compile_for(target: GPUTarget, instance: Instance) -> CompiledKernel:
     """Compiles the kernel of an instance."""
-    kernel = kernel_of(instance)
-    threads = THREADS if isinstance(instance, Update) else target.warp_size
+    kernel = KERNELS[type(instance)]
+    threads = target.warp_size if isinstance(instance, Prepare) else THREADS
     return triton.compile(
         ASTSource(
             kernel,
@@ -83,14 +103,14 @@ def compile_for(target: GPUTarget, instance: Update | Prepare) -> CompiledKernel
     )
 
 
-def launch_of(instance: Update | Prepare) -> Launch:
+def launch_of(instance: Instance) -> Launch:
     """The kernel of an instance, ready on the current device.
 
     A launch goes to the compiled kernel itself: to look it up by its arguments, as calling the
     decorated function does, would take longer than a small model's step.
     """
     if INTERPRETED:
-        return _interpreted(kernel_of(instance), instance)
+        return _interpreted(KERNELS[type(instance)], instance)
     compiled = compile_for(driver.active.get_current_target(), instance)
     compiled[1, 1, 1]  # loads it, which a stream that is being captured would not allow
 
@@ -100,7 +120,7 @@ def launch_of(instance: Update | Prepare) -> Launch:
     return launch
 
 
-def _interpreted(kernel: triton.runtime.KernelInterface, instance: Update | Prepare) -> Launch:
+def _interpreted(kernel: triton.runtime.KernelInterface, instance: Instance) -> Launch:
     import numpy as np
 
     def launch(programs: int, stream: int, *arguments: int) -> None:
@@ -118,6 +138,16 @@ def _update(device: int, *instance: int) -> Launch:
 @cache
 def _prepare(device: int, rule: int, in_double: bool) -> Launch:
     return launch_of(prepare_of(rule, in_double))
+
+
+@cache
+def _norm(device: int, param: int, grad: int) -> Launch:
+    return launch_of(norm_of(param, grad))
+
+
+@cache
+def _accumulate(device: int, param: int, grad: int) -> Launch:
+    return launch_of(accumulate_of(param, grad))
 
 
 @cache
@@ -139,7 +169,8 @@ class Launcher:
 
     Rules and variants go by their place in the registry, dtypes by theirs in `DType`; an address
     that is 0 is that of nothing. An update's table is `rows, chunks, layouts, slots, chunk_count`
-    of `DeviceTable`, a prepare's is `prepare, hypers, slots, slot_count` of `PrepareTable`.
+    of `DeviceTable`, a prepare's is `prepare, hypers, slots, slot_count` of `PrepareTable`; what
+    gradients alone are read of has no slots.
     """
 
     def multiprocessors(self) -> int:
@@ -151,6 +182,8 @@ class Launcher:
         device = _device()
         _update(device, rule, variant, param, grad, state)
         _prepare(device, rule, DTYPES[param] == tl.float64)
+        _norm(device, param, grad)
+        _accumulate(device, param, grad)
 
     def update(
         self,
@@ -166,12 +199,15 @@ class Launcher:
         chunk_count: int,
         grad_scale: int,
         found_inf: int,
+        verdict: int,
+        zero_grads: int,
         stream: int,
     ) -> None:
         """Updates a table's rows, whose storage types are `param`, `grad` and `state`."""
         launch = _update(_device(), rule, variant, param, grad, state)
         table = rows, chunks, layouts, slots, chunk_count
-        launch(self._programs(chunk_count), stream, *table, grad_scale, found_inf)
+        asked = grad_scale, found_inf, verdict, zero_grads
+        launch(self._programs(chunk_count), stream, *table, *asked)
 
     def prepare(
         self,
@@ -182,11 +218,65 @@ class Launcher:
         slots: int,
         slot_count: int,
         found_inf: int,
+        verdict: int,
         stream: int,
     ) -> None:
         """Fills a table's scalar slots from numbers on the device."""
         launch = _prepare(_device(), rule, in_double)
-        launch(slot_count, stream, prepare, hypers, slots, found_inf)
+        launch(slot_count, stream, prepare, hypers, slots, found_inf, verdict)
+
+    def norm(
+        self,
+        param: int,
+        grad: int,
+        rows: int,
+        chunks: int,
+        layouts: int,
+        chunk_count: int,
+        blocks: int,
+        block_count: int,
+        total: int,
+        verdict: int,
+        last: int,
+        decides: int,
+        purpose: int,
+        check: int,
+        mean: int,
+        grads: int,
+        max_norm: int,
+        weight: int,
+        live_weight: int,
+        grad_scale: int,
+        found_inf: int,
+        stream: int,
+    ) -> None:
+        """Sums the squares of a table's gradients; what follows are a `Measure` and a `Question`.
+
+        `max_norm` and `weight` are doubles, as their bits.
+        """
+        launch = _norm(_device(), param, grad)
+        table = rows, chunks, layouts, chunk_count
+        measure = blocks, block_count, total, verdict, last, decides
+        numbers = purpose, check, mean, grads, max_norm, weight
+        question = *numbers, live_weight, grad_scale, found_inf
+        launch(self._programs(chunk_count), stream, *table, *measure, *question)
+
+    def accumulate(
+        self,
+        param: int,
+        grad: int,
+        rows: int,
+        chunks: int,
+        layouts: int,
+        chunk_count: int,
+        verdict: int,
+        zero_grads: int,
+        stream: int,
+    ) -> None:
+        """Adds a table's gradients to its accumulators."""
+        launch = _accumulate(_device(), param, grad)
+        table = rows, chunks, layouts, chunk_count
+        launch(self._programs(chunk_count), stream, *table, verdict, zero_grads)
 
     def floor(
         self,
@@ -196,13 +286,18 @@ class Launcher:
         layouts: int,
         slots: int,
         chunk_count: int,
+        verdict: int,
+        zero_grads: int,
         stream: int,
     ) -> None:
         """Moves the traffic of a rule with so many states, over fp32 rows."""
         launch = _floor(_device(), states)
         table = rows, chunks, layouts, slots, chunk_count
-        launch(self._programs(chunk_count), stream, *table, 0, 0)
+        launch(self._programs(chunk_count), stream, *table, 0, 0, verdict, zero_grads)
 
     def _programs(self, chunks: int) -> int:
-        """As many as run at once: each walks the chunks in steps of the grid."""
-        return min(chunks, PROGRAMS_EACH * self.multiprocessors())
+        """As many as run at once: each walks the chunks in steps of the grid.
+
+        One at least: a norm without chunks still has to be finished.
+        """
+        return max(1, min(chunks, PROGRAMS_EACH * self.multiprocessors()))

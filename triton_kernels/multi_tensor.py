@@ -1,33 +1,53 @@
 """The kernels: one template of an update over a table, one of what prepares its scalars.
 
 A table is the byte image that ``csrc/cuda/image.h`` makes; the offsets below are those of the
-structs in ``csrc/cuda/table.h`` and ``csrc/cuda/prepare.h``. All arguments but the last are plain
-64-bit integers, addresses among them, so that no value of them makes another kernel.
+structs in ``csrc/cuda/table.h``, ``csrc/cuda/prepare.h`` and ``csrc/core/onepass.h``. All arguments
+but the last are plain 64-bit integers, addresses among them, so that no value of them makes another
+kernel.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .math import device, div, narrow, widen
 
-# DeviceRow. Pointers: parameter, gradient, states.
-ROW_BYTES = tl.constexpr(56)
-ROW_GRAD = tl.constexpr(8)
-ROW_SLOT = tl.constexpr(40)
-ROW_LAYOUT = tl.constexpr(44)
-ROW_WIDTH = tl.constexpr(48)
-ROW_HEAD = tl.constexpr(52)
+# A row's arrays by their place: the parameter, the gradient, a rule's states, and the driver's own.
+GRAD = tl.constexpr(1)
+ACCUMULATOR = tl.constexpr(5)
+AVERAGE = tl.constexpr(6)
+# DeviceRow, which begins with pointers to the arrays.
+ROW_BYTES = tl.constexpr(80)
+ROW_NORM_BLOCK = tl.constexpr(56)
+ROW_SLOT = tl.constexpr(64)
+ROW_LAYOUT = tl.constexpr(68)
+ROW_WIDTH = tl.constexpr(72)
+ROW_HEAD = tl.constexpr(76)
 # DeviceChunk, which begins with `begin`.
 CHUNK_BYTES = tl.constexpr(16)
 CHUNK_COUNT = tl.constexpr(8)
 CHUNK_ROW = tl.constexpr(12)
 # DeviceLayout, which begins with `dims`: kMaxDims sizes, and as many strides an array.
-LAYOUT_BYTES = tl.constexpr(3080)
+LAYOUT_BYTES = tl.constexpr(4104)
 LAYOUT_SIZES = tl.constexpr(8)
 LAYOUT_STRIDES = tl.constexpr(520)
 LAYOUT_ARRAY = tl.constexpr(512)
+# Verdict, which begins with `weight`. Numbers of updates are there in double and in float.
+VERDICT_NORM = tl.constexpr(8)
+VERDICT_FACTOR64 = tl.constexpr(16)
+VERDICT_IN64 = tl.constexpr(24)
+VERDICT_EMA_DECAY64 = tl.constexpr(32)
+VERDICT_EMA_REST64 = tl.constexpr(40)
+VERDICT_FACTOR32 = tl.constexpr(48)
+VERDICT_IN32 = tl.constexpr(52)
+VERDICT_EMA_DECAY32 = tl.constexpr(56)
+VERDICT_EMA_REST32 = tl.constexpr(60)
+VERDICT_NORM32 = tl.constexpr(64)
+VERDICT_TAKE = tl.constexpr(68)
+VERDICT_SKIP = tl.constexpr(72)
+VERDICT_TICKET = tl.constexpr(76)
 # PrepareSlot, which begins with `step`.
 PREPARE_BYTES = tl.constexpr(40)
 PREPARE_HOST_STEP = tl.constexpr(16)
@@ -108,9 +128,9 @@ class Prepare:
 
 
 @device
-def read(address, T: tl.constexpr):
+def read(at, T: tl.constexpr):
     """The number at an address."""
-    return tl.load(address.to(tl.pointer_type(T)))
+    return tl.load(at.to(tl.pointer_type(T)))
 
 
 @device
@@ -125,41 +145,156 @@ def read_scalars(slot, K: tl.constexpr):
 
 
 @device
+def of_verdict(verdict, AT64: tl.constexpr, AT32: tl.constexpr, COMPUTE: tl.constexpr):
+    """A verdict's number in the type of the arithmetic."""
+    AT: tl.constexpr = AT64 if COMPUTE == tl.float64 else AT32
+    return read(verdict + AT, COMPUTE)
+
+
+@device
+def address(row, ARRAY: tl.constexpr):
+    """Of a row's array; 0 where the row has none."""
+    return read(row + 8 * ARRAY, tl.int64)
+
+
+@device
+def has(row, ARRAY: tl.constexpr):
+    """Whether a row has an array.
+
+    The interpreter knows a comparison by the type of what was compared, and could not combine it
+    with a block's if it were not made a plain bool here.
+    """
+    return tl.full((), 1, tl.int1) & (address(row, ARRAY) != 0)
+
+
+@device
 def place(row, at, ALIGNED: tl.constexpr, ARRAY: tl.constexpr, K: tl.constexpr):
-    """Where element `at` of an array lies: 0 is the parameter, 1 the gradient, 2 and up states.
+    """Where element `at` of an array lies.
 
     The hint that it is aligned has to be given here, to the conversion: up to 3.8, Triton loses one
     on a sum of a pointer and an offset, or on what a function returns.
     """
-    T: tl.constexpr = K.param if ARRAY == 0 else (K.grad if ARRAY == 1 else K.state)
+    T: tl.constexpr = (
+        K.param
+        if ARRAY == 0
+        else (K.grad if ARRAY == GRAD else (K.compute if ARRAY >= ACCUMULATOR else K.state))
+    )
     SIZE: tl.constexpr = T.primitive_bitwidth // 8
-    pointer = (read(row + 8 * ARRAY, tl.int64) + at * SIZE).to(tl.pointer_type(T))
+    pointer = (address(row, ARRAY) + at * SIZE).to(tl.pointer_type(T))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, ACCESS_BYTES)
     return pointer
 
 
 @device
-def update_places(places, mask, grad_scale, factor, s, K: tl.constexpr):
-    """Updates the elements at these places of the parameter, the gradient and the states."""
-    STATES: tl.constexpr = K.states
-    COMPUTE: tl.constexpr = K.compute
-    param = widen(tl.load(places[0], mask=mask), COMPUTE)
-    grad = widen(tl.load(places[1], mask=mask), COMPUTE)
-    state = ()
-    for k in tl.static_range(STATES):
-        state = state + (widen(tl.load(places[2 + k], mask=mask), COMPUTE),)
-    if grad_scale != 0:
-        grad = div(grad, read(grad_scale, tl.float32).to(COMPUTE))
-        tl.store(places[1], narrow(grad, K.grad), mask=mask)
-    param, state = K.rule(param, grad * factor, state, s, K.variant)
-    tl.store(places[0], narrow(param, K.param), mask=mask)
-    for k in tl.static_range(STATES):
-        tl.store(places[2 + k], narrow(state[k], K.state), mask=mask)
+def row_of(rows, chunk):
+    """The row that a chunk is a piece of."""
+    return rows + read(chunk + CHUNK_ROW, tl.int32).to(tl.int64) * ROW_BYTES
 
 
 @device
-def update_aligned(row, first, count, grad_scale, factor, s, K: tl.constexpr):
+def layout_of(row, layouts):
+    """A row's layout; 0 where all arrays run through memory in one order."""
+    index = read(row + ROW_LAYOUT, tl.int32).to(tl.int64)
+    return tl.where(index < 0, 0, layouts + index * LAYOUT_BYTES)
+
+
+@device
+def dims_of(layout):
+    """A layout's dimensions: none without one."""
+    dims = tl.full((), 0, tl.int32)
+    if layout != 0:
+        dims = read(layout, tl.int32)
+    return dims
+
+
+@device
+def element_of(layout, i, ARRAY: tl.constexpr):
+    """Where the i-th element of an array lies, whatever the row's layout."""
+    at = i * 0
+    dims = dims_of(layout)
+    for d in range(dims):
+        dim = layout + 8 * (dims - 1 - d)
+        size = read(dim + LAYOUT_SIZES, tl.int64)
+        at = at + i % size * read(dim + LAYOUT_STRIDES + LAYOUT_ARRAY * ARRAY, tl.int64)
+        i = i // size
+    # What is left is the offset itself in a row without a layout, and 0 in one with.
+    return at + i
+
+
+@device
+def store_zeros(places, mask, T: tl.constexpr):
+    """Clears elements."""
+    tl.store(places, narrow(tl.full(places.shape, 0.0, tl.float32), T), mask=mask)
+
+
+@device
+def clear(places, mask, T: tl.constexpr, K: tl.constexpr):
+    """Clears elements that were read here.
+
+    Triton has a thread read as many elements of all arrays, but write what one access moves, so of
+    the wider types it may be another thread that clears an element: it must not come first.
+    """
+    EACH: tl.constexpr = places.shape[0] // K.threads
+    if EACH * T.primitive_bitwidth > 8 * ACCESS_BYTES:
+        tl.debug_barrier()
+    store_zeros(places, mask, T)
+
+
+class Chunk(NamedTuple):
+    """What an update needs of its chunk besides the places: numbers, addresses, and yes or no."""
+
+    factor: tl.tensor  # that gradients are multiplied by
+    grad_scale: tl.tensor
+    verdict: tl.tensor
+    take: tl.tensor  # gradients are read
+    accumulates: tl.tensor  # there is an accumulator
+    averages: tl.tensor  # there is an average
+    zeroes: tl.tensor  # gradients are cleared
+
+
+@device
+def update_places(places, mask, chunk, s, K: tl.constexpr):
+    """Updates the elements at these places of the rule's arrays, the accumulator and the average.
+
+    What a chunk asks for is the same for all of its elements, so branches on it cost next to
+    nothing. Memory of an array that the row does not have is not touched.
+    """
+    STATES: tl.constexpr = K.states
+    COMPUTE: tl.constexpr = K.compute
+    taken = chunk.take
+    if mask is not None:
+        taken = mask & taken
+    param = widen(tl.load(places[0], mask=mask), COMPUTE)
+    grad = widen(tl.load(places[1], mask=taken, other=0.0), COMPUTE)
+    state = ()
+    for k in tl.static_range(STATES):
+        state = state + (widen(tl.load(places[2 + k], mask=mask), COMPUTE),)
+    if chunk.grad_scale != 0:
+        grad = div(grad, read(chunk.grad_scale, tl.float32).to(COMPUTE))
+        tl.store(places[1], narrow(grad, K.grad), mask=mask)
+    if chunk.accumulates:
+        sum = tl.load(places[2 + STATES], mask=mask)
+        weight = of_verdict(chunk.verdict, VERDICT_IN64, VERDICT_IN32, COMPUTE)
+        grad = tl.where(chunk.take, sum + grad * weight, sum)
+        clear(places[2 + STATES], mask, COMPUTE, K)
+    param, state = K.rule(param, grad * chunk.factor, state, s, K.variant)
+    stored = narrow(param, K.param)
+    tl.store(places[0], stored, mask=mask)
+    for k in tl.static_range(STATES):
+        tl.store(places[2 + k], narrow(state[k], K.state), mask=mask)
+    if chunk.averages:
+        average = tl.load(places[3 + STATES], mask=mask)
+        decay = of_verdict(chunk.verdict, VERDICT_EMA_DECAY64, VERDICT_EMA_DECAY32, COMPUTE)
+        rest = of_verdict(chunk.verdict, VERDICT_EMA_REST64, VERDICT_EMA_REST32, COMPUTE)
+        average = decay * average + rest * widen(stored, COMPUTE)
+        tl.store(places[3 + STATES], average, mask=mask)
+    if chunk.zeroes:
+        clear(places[1], mask, K.grad, K)
+
+
+@device
+def update_aligned(row, first, count, chunk, s, K: tl.constexpr):
     """Updates `count` elements, a multiple of the width, from `first`, which is aligned, on.
 
     Triton moves 16 bytes at a time where it knows that the pointer is aligned, that the elements
@@ -171,74 +306,104 @@ def update_aligned(row, first, count, grad_scale, factor, s, K: tl.constexpr):
     pointers = ()
     for a in tl.static_range(ARRAYS):
         pointers = pointers + (place(row, first, True, a, K),)
+    pointers = pointers + (place(row, first, True, ACCUMULATOR, K),)
+    pointers = pointers + (place(row, first, True, AVERAGE, K),)
     for begin in range(0, count, BLOCK):
         i = begin + tl.arange(0, BLOCK)
         places = ()
-        for b in tl.static_range(ARRAYS):
+        for b in tl.static_range(ARRAYS + 2):
             places = places + (pointers[b] + i,)
         if begin + BLOCK <= count:
-            update_places(places, None, grad_scale, factor, s, K)
+            update_places(places, None, chunk, s, K)
         else:
-            update_places(places, i < count, grad_scale, factor, s, K)
+            update_places(places, i < count, chunk, s, K)
 
 
 @device
-def update_others(
-    row, layout, begin, first, skipped, count, grad_scale, factor, s, K: tl.constexpr
-):
+def update_others(row, layout, begin, first, skipped, count, chunk, s, K: tl.constexpr):
     """Updates `count` elements from `begin` on, but `skipped` ones after the first `first`."""
     BLOCK: tl.constexpr = K.threads  # one a thread: nothing here can be moved together
     ARRAYS: tl.constexpr = 2 + K.states
-    dims = tl.full((), 0, tl.int32)
-    if layout != 0:
-        dims = read(layout, tl.int32)
+    dims = dims_of(layout)
     for done in range(0, count, BLOCK):
         i = done + tl.arange(0, BLOCK)
         mask = i < count
         left = begin + tl.where(i < first, i, i + skipped)
         offsets = ()
-        for _ in tl.static_range(ARRAYS):
+        for _ in tl.static_range(ARRAYS + 2):
             offsets = offsets + (left * 0,)
         for d in range(dims):
             dim = layout + 8 * (dims - 1 - d)
             size = read(dim + LAYOUT_SIZES, tl.int64)
             index = left % size
             left = left // size
+            strides = dim + LAYOUT_STRIDES
             moved = ()
-            for b in tl.static_range(ARRAYS):
-                stride = read(dim + LAYOUT_STRIDES + LAYOUT_ARRAY * b, tl.int64)
+            for b in tl.static_range(ARRAYS + 2):
+                array = b if b < ARRAYS else b - ARRAYS + ACCUMULATOR
+                stride = read(strides + LAYOUT_ARRAY * array, tl.int64)
                 moved = moved + (offsets[b] + index * stride,)
             offsets = moved
         # What is left is the offset itself in a row without a layout, and 0 in one with.
         places = ()
         for c in tl.static_range(ARRAYS):
             places = places + (place(row, offsets[c] + left, False, c, K),)
-        update_places(places, mask, grad_scale, factor, s, K)
+        places = places + (place(row, offsets[ARRAYS] + left, False, ACCUMULATOR, K),)
+        places = places + (place(row, offsets[ARRAYS + 1] + left, False, AVERAGE, K),)
+        update_places(places, mask, chunk, s, K)
 
 
 @device
-def update_chunk(rows, chunk, layouts, slots, grad_scale, K: tl.constexpr):
+def update_chunk(rows, piece, layouts, slots, grad_scale, verdict, zero_grads, K: tl.constexpr):
     """Updates a piece of a row."""
     WIDTH: tl.constexpr = K.width
-    SIZE: tl.constexpr = K.compute.primitive_bitwidth // 8
-    SLOT_BYTES: tl.constexpr = (1 + len(K.scalars._fields)) * SIZE
-    row = rows + read(chunk + CHUNK_ROW, tl.int32).to(tl.int64) * ROW_BYTES
-    if read(row + ROW_GRAD, tl.int64) != 0:
-        begin = read(chunk, tl.int64)
-        count = read(chunk + CHUNK_COUNT, tl.int32)
+    COMPUTE: tl.constexpr = K.compute
+    SLOT_BYTES: tl.constexpr = (1 + len(K.scalars._fields)) * (COMPUTE.primitive_bitwidth // 8)
+    row = row_of(rows, piece)
+    has_grad = has(row, GRAD)
+    accumulates = has(row, ACCUMULATOR)
+    if has_grad | accumulates:
+        begin = read(piece, tl.int64)
+        count = read(piece + CHUNK_COUNT, tl.int32)
         slot = slots + read(row + ROW_SLOT, tl.int32).to(tl.int64) * SLOT_BYTES
-        factor = read(slot, K.compute)
+        factor = read(slot, COMPUTE)
         s = read_scalars(slot, K)
-        index = read(row + ROW_LAYOUT, tl.int32).to(tl.int64)
-        layout = tl.where(index < 0, 0, layouts + index * LAYOUT_BYTES)
+        take = has_grad
+        if verdict != 0:
+            factor = factor * of_verdict(verdict, VERDICT_FACTOR64, VERDICT_FACTOR32, COMPUTE)
+            take = take & (read(verdict + VERDICT_TAKE, tl.int32) != 0)
+        averages = has(row, AVERAGE)
+        zeroes = has_grad & (zero_grads != 0)
+        chunk = Chunk(factor, grad_scale, verdict, take, accumulates, averages, zeroes)
+        layout = layout_of(row, layouts)
         # Elements before the aligned ones; all where there are none.
         first = count
-        if (index < 0) & (read(row + ROW_WIDTH, tl.int32) == WIDTH):
+        if (layout == 0) & (read(row + ROW_WIDTH, tl.int32) == WIDTH):
             first = tl.minimum(read(row + ROW_HEAD, tl.int32), count)
         aligned = (count - first) // WIDTH * WIDTH
         if aligned != 0:
-            update_aligned(row, begin + first, aligned, grad_scale, factor, s, K)
-        update_others(row, layout, begin, first, aligned, count - aligned, grad_scale, factor, s, K)
+            update_aligned(row, begin + first, aligned, chunk, s, K)
+        update_others(row, layout, begin, first, aligned, count - aligned, chunk, s, K)
+
+
+@device
+def clear_chunk(rows, piece, layouts, zero_grads, K: tl.constexpr):
+    """What a step that is skipped still does with a piece of a row."""
+    BLOCK: tl.constexpr = K.threads
+    row = row_of(rows, piece)
+    zeroes = has(row, GRAD) & (zero_grads != 0)
+    accumulates = has(row, ACCUMULATOR)
+    begin = read(piece, tl.int64)
+    count = read(piece + CHUNK_COUNT, tl.int32)
+    layout = layout_of(row, layouts)
+    for done in range(0, count, BLOCK):
+        i = done + tl.arange(0, BLOCK)
+        if zeroes:
+            at = element_of(layout, begin + i, GRAD)
+            store_zeros(place(row, at, False, GRAD, K), i < count, K.grad)
+        if accumulates:
+            at = element_of(layout, begin + i, ACCUMULATOR)
+            store_zeros(place(row, at, False, ACCUMULATOR, K), i < count, K.compute)
 
 
 @device
@@ -250,24 +415,49 @@ def overflowed(found_inf):
     return found
 
 
+@device
+def skips(found_inf, verdict):
+    """Whether nothing is updated."""
+    skip = overflowed(found_inf)
+    if verdict != 0:
+        skip = skip | (read(verdict + VERDICT_SKIP, tl.int32) != 0)
+    return skip
+
+
 @triton.jit
 def fusedopt_update(
-    rows, chunks, layouts, slots, chunk_count, grad_scale, found_inf, K: tl.constexpr
+    rows,
+    chunks,
+    layouts,
+    slots,
+    chunk_count,
+    grad_scale,
+    found_inf,
+    verdict,
+    zero_grads,
+    K: tl.constexpr,
 ):
-    """Updates a table's rows. The grid is persistent: programs walk the chunks in address order."""
-    if not overflowed(found_inf):
+    """Updates a table's rows. The grid is persistent: programs walk the chunks in address order.
+
+    A step that is skipped still empties the accumulators, and clears gradients if asked to.
+    """
+    if not skips(found_inf, verdict):
         for c in range(tl.program_id(0).to(tl.int64), chunk_count, tl.num_programs(0)):
-            update_chunk(rows, chunks + c * CHUNK_BYTES, layouts, slots, grad_scale, K)
+            piece = chunks + c * CHUNK_BYTES
+            update_chunk(rows, piece, layouts, slots, grad_scale, verdict, zero_grads, K)
+    elif (zero_grads != 0) | (verdict != 0):
+        for c in range(tl.program_id(0).to(tl.int64), chunk_count, tl.num_programs(0)):
+            clear_chunk(rows, chunks + c * CHUNK_BYTES, layouts, zero_grads, K)
 
 
 @device
 def read_number(number):
     """A DeviceNumber's value, in double."""
-    address = read(number, tl.int64)
+    at = read(number, tl.int64)
     if read(number + NUMBER_IS_DOUBLE, tl.int64) != 0:
-        value = read(address, tl.float64)
+        value = read(at, tl.float64)
     else:
-        value = read(address, tl.float32).to(tl.float64)
+        value = read(at, tl.float32).to(tl.float64)
     return value
 
 
@@ -275,11 +465,11 @@ def read_number(number):
 def count_step(number):
     """Adds one to a DeviceNumber; its new value, in double."""
     value = read_number(number) + 1.0
-    address = read(number, tl.int64)
+    at = read(number, tl.int64)
     if read(number + NUMBER_IS_DOUBLE, tl.int64) != 0:
-        tl.store(address.to(tl.pointer_type(tl.float64)), value)
+        tl.store(at.to(tl.pointer_type(tl.float64)), value)
     else:
-        tl.store(address.to(tl.pointer_type(tl.float32)), value.to(tl.float32))
+        tl.store(at.to(tl.pointer_type(tl.float32)), value.to(tl.float32))
     return value
 
 
@@ -318,7 +508,7 @@ def prepare_slot(slot, hyper, to, K: tl.constexpr):
 
 
 @triton.jit
-def fusedopt_update_prepare(slots, hypers, to, found_inf, K: tl.constexpr):
+def fusedopt_update_prepare(slots, hypers, to, found_inf, verdict, K: tl.constexpr):
     """Fills the slots of an update, one a program, each one thread's work.
 
     The step counts and flags that it reads it also writes, which needs no barrier as long as a
@@ -327,6 +517,6 @@ def fusedopt_update_prepare(slots, hypers, to, found_inf, K: tl.constexpr):
     SLOT_BYTES: tl.constexpr = (1 + len(K.scalars._fields)) * (K.compute.primitive_bitwidth // 8)
     slot = slots + tl.program_id(0).to(tl.int64) * PREPARE_BYTES
     index = read(slot + PREPARE_HYPER, tl.int32).to(tl.int64)
-    if not overflowed(found_inf) and index >= 0:
+    if not skips(found_inf, verdict) and index >= 0:
         to = to + tl.program_id(0).to(tl.int64) * SLOT_BYTES
         prepare_slot(slot, hypers + index * HYPER_BYTES, to, K)

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/onepass.h"
+
 namespace fusedopt {
 
 namespace {
@@ -10,8 +12,9 @@ namespace {
 // thousands of tiny rows closes before it has gathered its elements.
 constexpr int64_t kPieceOverhead = 64;
 
-// Rows are cut at multiples of this, so that no vector of any instruction tier straddles a cut.
-constexpr int64_t kCutGranularity = 1024;
+// Rows are cut at multiples of this, so that no block of a norm and no vector of any instruction tier
+// straddles a cut.
+constexpr int64_t kCutGranularity = kNormBlock;
 
 }  // namespace
 
@@ -19,6 +22,19 @@ int64_t Table::numel() const {
   int64_t total = 0;
   for (const Row& row : rows) total += row.numel;
   return total;
+}
+
+DType Table::dtype(int array) const {
+  if (array == 0) return storage.param;
+  if (array == 1) return storage.grad;
+  if (array < 2 + kAccumulator) return storage.state;
+  return storage.param == DType::kF64 ? DType::kF64 : DType::kF32;
+}
+
+bool Table::has(int array) const {
+  if (array == 2 + kAccumulator) return accumulates;
+  if (array == 2 + kAverage) return averages;
+  return array < 2 + states;
 }
 
 void Table::cut(int64_t elements) {

@@ -14,14 +14,21 @@
 
 namespace fusedopt {
 
-// Array 0 is the parameter, 1 the gradient, 2 and up the states.
-constexpr int kMaxArrays = 2 + kMaxStates;
+// Array 0 is the parameter, 1 the gradient, 2 and up the rule's states; the last two are the driver's,
+// in the type of the arithmetic: what gradients are accumulated in, and the average of the parameter.
+constexpr int kAccumulator = kMaxStates;
+constexpr int kAverage = kMaxStates + 1;
+constexpr int kMaxRowStates = kMaxStates + 2;
+constexpr int kMaxArrays = 2 + kMaxRowStates;
 
 struct Row {
   void* param = nullptr;
-  const void* grad = nullptr;  // null: the row takes no part in this step
-  void* state[kMaxStates] = {};
+  void* grad = nullptr;  // null: there is none in this step
+  // By their place; null where the row has none, or where an accumulator is empty. A row without a
+  // gradient and an accumulator takes no part in this step.
+  void* state[kMaxRowStates] = {};
   int64_t numel = 0;
+  int64_t norm_block = 0;  // where the sums of its first block go
   int32_t slot = 0;
   int32_t layout = -1;  // index into Table::layouts; -1: all arrays run through memory in one order
 };
@@ -53,7 +60,9 @@ struct Slot {
 
 struct Table {
   StorageTuple storage;
-  int states = 0;
+  int states = 0;             // of the rule
+  bool accumulates = false;   // rows have accumulators
+  bool averages = false;      // and averages of the parameters
   std::vector<Row> rows;
   std::vector<Layout> layouts;
   std::vector<Piece> pieces;
@@ -62,6 +71,10 @@ struct Table {
   int64_t slot_size = 0;
 
   int64_t numel() const;
+
+  // The type of an array's elements; whether rows have it.
+  DType dtype(int array) const;
+  bool has(int array) const;
 
   // Cuts the rows into chunks of about `elements` elements. Call once the rows are complete.
   void cut(int64_t elements);

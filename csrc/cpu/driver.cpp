@@ -8,21 +8,56 @@ namespace fusedopt {
 
 namespace {
 
-// Elements of a row that are gathered at a time: with five arrays of eight bytes, 40 KiB of buffers,
-// inside the first-level cache of current cores.
-constexpr int64_t kGatherBlock = 1024;
+// Elements of a row that are gathered at a time: blocks of a norm, and buffers that stay inside the
+// second-level cache of current cores.
+constexpr int64_t kGatherBlock = kNormBlock;
 
-Span span_of(const Row& row, const StorageTuple& storage, int states, int64_t begin,
-             int64_t count) {
-  Span span{};
-  span.param = static_cast<char*>(row.param) + begin * item_size(storage.param);
-  span.grad = static_cast<const char*>(row.grad) + begin * item_size(storage.grad);
-  for (int k = 0; k < states; ++k) {
-    span.state[k] = static_cast<char*>(row.state[k]) + begin * item_size(storage.state);
-  }
-  span.count = count;
-  return span;
+// Whether a kind of work reads an array, and whether it writes it.
+bool reads(const Work& work, int array) {
+  if (!work.table->has(array)) return false;
+  return work.kind == Work::Kind::kUpdate || array == 1 || array == 2 + kAccumulator;
 }
+bool writes(const Work& work, int array) {
+  if (work.kind == Work::Kind::kNorm || !reads(work, array)) return false;
+  return array != 1 || work.pass.zero_grads != 0;
+}
+
+void* array_of(const Row& row, int array) {
+  return array == 0 ? row.param : array == 1 ? row.grad : row.state[array - 2];
+}
+void set_array(Span& span, int array, void* to) {
+  (array == 0 ? span.param : array == 1 ? span.grad : span.state[array - 2]) = to;
+}
+
+// The arrays that a kind of work reads, by their bytes an element; 0 for the others.
+class Arrays {
+ public:
+  explicit Arrays(const Work& work) : table_(*work.table) {
+    for (int a = 0; a < kMaxArrays; ++a) {
+      bytes_[a] = reads(work, a) ? item_size(table_.dtype(a)) : 0;
+    }
+  }
+
+  Span of(int64_t piece_index) const {
+    const Piece& piece = table_.pieces[piece_index];
+    const Row& row = table_.rows[piece.row];
+    Span span{};
+    span.param = at(row.param, 0, piece);
+    span.grad = at(row.grad, 1, piece);
+    for (int k = 0; k < kMaxRowStates; ++k) span.state[k] = at(row.state[k], 2 + k, piece);
+    span.count = piece.count;
+    return span;
+  }
+
+ private:
+  void* at(void* array, int index, const Piece& piece) const {
+    if (array == nullptr || bytes_[index] == 0) return nullptr;
+    return static_cast<char*>(array) + piece.begin * bytes_[index];
+  }
+
+  const Table& table_;
+  int64_t bytes_[kMaxArrays];
+};
 
 // Copies `count` elements, from `begin` in the layout's logical order, between a strided array and
 // a contiguous buffer: the innermost dimension in a loop, the others as an odometer.
@@ -78,62 +113,71 @@ void copy_array(void* array, void* buffer, DType dtype, const Layout& layout, in
   }
 }
 
-void run_strided(const Table& table, const Row& row, const Piece& piece, const void* slot,
-                 Kernel kernel) {
+void run_strided(const Work& work, const Row& row, const Piece& piece, Task task) {
+  const Table& table = *work.table;
   const Layout& layout = table.layouts[row.layout];
-  const StorageTuple& storage = table.storage;
-  alignas(64) double param[kGatherBlock];
-  alignas(64) double grad[kGatherBlock];
-  alignas(64) double state[kMaxStates][kGatherBlock];
+  alignas(64) double buffers[kMaxArrays][kGatherBlock];
   for (int64_t done = 0; done < piece.count; done += kGatherBlock) {
     const int64_t begin = piece.begin + done;
     const int64_t count = std::min(kGatherBlock, piece.count - done);
-    copy_array<true>(row.param, param, storage.param, layout, 0, begin, count);
-    copy_array<true>(const_cast<void*>(row.grad), grad, storage.grad, layout, 1, begin, count);
-    Span span{param, grad, {}, count};
-    for (int k = 0; k < table.states; ++k) {
-      copy_array<true>(row.state[k], state[k], storage.state, layout, 2 + k, begin, count);
-      span.state[k] = state[k];
+    Span span{};
+    span.count = count;
+    for (int a = 0; a < kMaxArrays; ++a) {
+      void* array = array_of(row, a);
+      if (array == nullptr || !reads(work, a)) continue;
+      copy_array<true>(array, buffers[a], table.dtype(a), layout, a, begin, count);
+      set_array(span, a, buffers[a]);
     }
-    kernel(span, span, slot);
-    copy_array<false>(row.param, param, storage.param, layout, 0, begin, count);
-    for (int k = 0; k < table.states; ++k) {
-      copy_array<false>(row.state[k], state[k], storage.state, layout, 2 + k, begin, count);
+    work.kernel(span, span, task);
+    if (task.sums != nullptr) ++task.sums;
+    for (int a = 0; a < kMaxArrays; ++a) {
+      void* array = array_of(row, a);
+      if (array == nullptr || !writes(work, a)) continue;
+      copy_array<false>(array, buffers[a], table.dtype(a), layout, a, begin, count);
     }
   }
-}
-
-Span span_of(const Table& table, int64_t piece) {
-  const Piece& at = table.pieces[piece];
-  return span_of(table.rows[at.row], table.storage, table.states, at.begin, at.count);
 }
 
 // Asks for the beginnings of a piece's arrays: all of a tiny row, whose neighbours' kernels are too
 // short to wait for it.
-void prefetch_piece(const Span& span, int states) {
+void prefetch_piece(const Span& span) {
   constexpr int kLines = 4;
   for (int line = 0; line < kLines; ++line) {
     __builtin_prefetch(static_cast<const char*>(span.param) + 64 * line);
     __builtin_prefetch(static_cast<const char*>(span.grad) + 64 * line);
-    for (int k = 0; k < states; ++k) {
-      __builtin_prefetch(static_cast<const char*>(span.state[k]) + 64 * line);
+    for (const void* state : span.state) {
+      __builtin_prefetch(static_cast<const char*>(state) + 64 * line);
     }
   }
 }
 
-void run_chunk(const Table& table, const Chunk& chunk, Kernel kernel) {
+bool takes_part(const Work& work, const Row& row) {
+  if (row.grad != nullptr) return true;
+  return work.kind != Work::Kind::kAccumulate && row.state[kAccumulator] != nullptr;
+}
+
+void run_chunk(const Work& work, const Chunk& chunk) {
   constexpr int64_t kPiecesAhead = 2;
+  const Table& table = *work.table;
   const int64_t last = chunk.last_piece - 1;
+  const Arrays arrays(work);
+  Task task;
+  task.pass = work.pass;
+  task.in = work.in;
   for (int64_t p = chunk.first_piece; p <= last; ++p) {
-    if (p + kPiecesAhead <= last) prefetch_piece(span_of(table, p + kPiecesAhead), table.states);
+    if (p + kPiecesAhead <= last) prefetch_piece(arrays.of(p + kPiecesAhead));
     const Piece& piece = table.pieces[p];
     const Row& row = table.rows[piece.row];
-    if (row.grad == nullptr) continue;
-    const void* slot = table.slots.data() + row.slot * table.slot_size;
+    if (work.sums != nullptr) {
+      task.sums = work.sums + row.norm_block + piece.begin / kNormBlock;
+      std::fill_n(task.sums, norm_blocks(piece.count), NormSums{});
+    }
+    if (!takes_part(work, row)) continue;
+    task.slot = table.slots.data() + row.slot * table.slot_size;
     if (row.layout >= 0) {
-      run_strided(table, row, piece, slot, kernel);
+      run_strided(work, row, piece, task);
     } else {
-      kernel(span_of(table, p), span_of(table, std::min(p + 1, last)), slot);
+      work.kernel(arrays.of(p), arrays.of(std::min(p + 1, last)), task);
     }
   }
 }
@@ -151,8 +195,7 @@ void run_tables(const std::vector<Work>& work, const RunWorkers& run_workers) {
       while (c - before >= work[item].table->chunks.size()) {
         before += work[item++].table->chunks.size();
       }
-      const Table& table = *work[item].table;
-      run_chunk(table, table.chunks[c - before], work[item].kernel);
+      run_chunk(work[item], work[item].table->chunks[c - before]);
     }
   };
   if (total <= 1) {

@@ -15,13 +15,20 @@ namespace fusedopt {
 // of workers, one included, does all the work.
 using RunWorkers = std::function<void(const std::function<void()>& worker)>;
 
+// What is done to a table: by which kernel, and around it.
 struct Work {
+  enum class Kind { kUpdate, kNorm, kAccumulate };
+
   const Table* table;
   Kernel kernel;
+  Kind kind = Kind::kUpdate;
+  Pass pass = {};
+  NormSums* sums = nullptr;  // of the first row's first block; of norms
+  double in = 1.0;           // see Task
 };
 
-// Updates every active row of every table. Rows whose arrays run through memory in one order are
-// updated in place; others are gathered block by block into buffers, updated there and scattered.
+// Does all of it, for every row that takes part. Rows whose arrays run through memory in one order
+// are worked on in place; others are gathered block by block into buffers and scattered.
 void run_tables(const std::vector<Work>& work, const RunWorkers& run_workers);
 
 }  // namespace fusedopt

@@ -29,72 +29,295 @@ struct Update {
   static constexpr int kStates = Rule::states(kVariant).count;
   using SlotType = Slot<T, typename Rule::template Scalars<T>>;
 
-  FUSEDOPT_INLINE static void vector(P* param, const G* grad, S* const* state,
+  struct Arrays {
+    P* param;
+    G* grad;
+    S* state[kMaxStates];
+    T* accumulator;
+    T* average;
+
+    explicit Arrays(const Span& span)
+        : param(static_cast<P*>(span.param)),
+          grad(static_cast<G*>(span.grad)),
+          accumulator(static_cast<T*>(span.state[kAccumulator])),
+          average(static_cast<T*>(span.state[kAverage])) {
+      for (int k = 0; k < kStates; ++k) state[k] = static_cast<S*>(span.state[k]);
+    }
+    FUSEDOPT_INLINE void prefetch_at(const uintptr_t* ahead, int64_t i) const {
+      prefetch(ahead[0] + i * sizeof(P));
+      prefetch(ahead[1] + i * sizeof(G));
+      for (int k = 0; k < kStates; ++k) prefetch(ahead[2 + k] + i * sizeof(S));
+    }
+  };
+
+  // What the driver does around the rule; without it (kPlain) there is a gradient and nothing else.
+  struct Around {
+    T factor = 1;
+    T in = 1;
+    T decay = 0;
+    T rest = 0;
+    bool take = true;
+    bool zero = false;
+
+    explicit Around(const Pass& pass) {
+      zero = pass.zero_grads != 0;
+      if (pass.verdict == nullptr) return;
+      factor = pass.verdict->template factor<T>();
+      in = pass.verdict->template in<T>();
+      decay = pass.verdict->template ema_decay<T>();
+      rest = pass.verdict->template ema_rest<T>();
+      take = pass.verdict->take != 0;
+    }
+  };
+
+  template <bool kPlain>
+  FUSEDOPT_INLINE static void vector(const Arrays& at, int64_t i, T factor, const Around& around,
                                      const SlotType& slot) {
-    V p = load(param);
-    const V g = load(grad) * slot.grad_factor;
+    V p = load(at.param + i);
+    V g{};
+    if (kPlain || (at.grad != nullptr && around.take)) g = load(at.grad + i);
+    if (!kPlain && at.accumulator != nullptr) {
+      const V sum = load(at.accumulator + i);
+      g = at.grad != nullptr && around.take ? sum + g * around.in : sum;
+      store(at.accumulator + i, V{});
+    }
+    g = g * factor;
     V s[kMaxStates];
-    for (int k = 0; k < kStates; ++k) s[k] = load(state[k]);
+    for (int k = 0; k < kStates; ++k) s[k] = load(at.state[k] + i);
     Rule::template update<kVariant>(p, g, s, slot.scalars);
-    store(param, p);
-    for (int k = 0; k < kStates; ++k) store(state[k], s[k]);
+    store(at.param + i, p);
+    for (int k = 0; k < kStates; ++k) store(at.state[k] + i, s[k]);
+    if (kPlain) return;
+    if (at.average != nullptr) {  // of the parameter as it is stored
+      const V average = load(at.average + i);
+      store(at.average + i, around.decay * average + around.rest * load(at.param + i));
+    }
+    if (around.zero && at.grad != nullptr) store(at.grad + i, V{});
   }
 
-  static void run(const Span& span, const Span& next, const void* slot_bytes) {
-    const SlotType slot = *static_cast<const SlotType*>(slot_bytes);
-    auto* param = static_cast<P*>(span.param);
-    const auto* grad = static_cast<const G*>(span.grad);
-    S* state[kMaxStates];
-    for (int k = 0; k < kStates; ++k) state[k] = static_cast<S*>(span.state[k]);
+  static void run(const Span& span, const Span& next, const Task& task) {
+    const bool plain = task.pass.verdict == nullptr && task.pass.zero_grads == 0;
+    return plain ? run_as<true>(span, next, task) : run_as<false>(span, next, task);
+  }
+
+  template <bool kPlain>
+  static void run_as(const Span& span, const Span& next, const Task& task) {
+    const SlotType slot = *static_cast<const SlotType*>(task.slot);
+    const Arrays at(span);
+    const Around around(task.pass);
+    const T factor = slot.grad_factor * around.factor;
 
     // Ahead of the last elements lie the first ones of the next span.
     constexpr int64_t kAhead = kPrefetchAhead / sizeof(P);
     const int64_t whole = span.count - span.count % V::kLanes;
     const int64_t ends[] = {whole > kAhead ? whole - kAhead : 0, whole};
-    uintptr_t param_ahead = ahead_of(param);
-    uintptr_t grad_ahead = ahead_of(grad);
-    uintptr_t state_ahead[kMaxStates];
-    for (int k = 0; k < kStates; ++k) state_ahead[k] = ahead_of(state[k]);
+    uintptr_t ahead[2 + kMaxStates] = {ahead_of(at.param), ahead_of(at.grad)};
+    for (int k = 0; k < kStates; ++k) ahead[2 + k] = ahead_of(at.state[k]);
     int64_t i = 0;
     for (const int64_t end : ends) {
       for (; i < end; i += V::kLanes) {
-        prefetch(param_ahead + i * sizeof(P));
-        prefetch(grad_ahead + i * sizeof(G));
-        S* at[kMaxStates];
-        for (int k = 0; k < kStates; ++k) {
-          prefetch(state_ahead[k] + i * sizeof(S));
-          at[k] = state[k] + i;
+        at.prefetch_at(ahead, i);
+        if (!kPlain) {
+          prefetch(ahead_of(at.accumulator + i));
+          prefetch(ahead_of(at.average + i));
         }
-        vector(param + i, grad + i, at, slot);
+        vector<kPlain>(at, i, factor, around, slot);
       }
-      param_ahead = reinterpret_cast<uintptr_t>(next.param) - i * sizeof(P);
-      grad_ahead = reinterpret_cast<uintptr_t>(next.grad) - i * sizeof(G);
-      for (int k = 0; k < kStates; ++k) {
-        state_ahead[k] = reinterpret_cast<uintptr_t>(next.state[k]) - i * sizeof(S);
-      }
+      const auto begin = [&](const void* array, size_t size) {
+        return reinterpret_cast<uintptr_t>(array) - i * size;
+      };
+      ahead[0] = begin(next.param, sizeof(P));
+      ahead[1] = begin(next.grad, sizeof(G));
+      for (int k = 0; k < kStates; ++k) ahead[2 + k] = begin(next.state[k], sizeof(S));
     }
-    if (i < span.count) {
-      for (int k = 0; k < kStates; ++k) state[k] += i;
-      tail(param + i, grad + i, state, span.count - i, slot);
-    }
+    if (i < span.count) tail<kPlain>(at, i, span.count - i, factor, around, slot);
   }
 
   // The last, partial vector goes through buffers: the same instructions as the body, hence the
   // same bits, and no access outside the arrays.
-  static void tail(P* param, const G* grad, S* const* state, int64_t count, const SlotType& slot) {
-    P param_buffer[V::kLanes] = {};
-    G grad_buffer[V::kLanes] = {};
-    S state_buffer[kMaxStates][V::kLanes] = {};
-    S* buffers[kMaxStates];
-    __builtin_memcpy(param_buffer, param, count * sizeof(P));
-    __builtin_memcpy(grad_buffer, grad, count * sizeof(G));
-    for (int k = 0; k < kStates; ++k) {
-      buffers[k] = state_buffer[k];
-      __builtin_memcpy(buffers[k], state[k], count * sizeof(S));
+  template <bool kPlain>
+  static void tail(const Arrays& from, int64_t begin, int64_t count, T factor, const Around& around,
+                   const SlotType& slot) {
+    P param[V::kLanes] = {};
+    G grad[V::kLanes] = {};
+    S state[kMaxStates][V::kLanes] = {};
+    T accumulator[V::kLanes] = {};
+    T average[V::kLanes] = {};
+    Arrays at = from;
+    const auto take = [&](auto*& array, auto* buffer) {
+      if (array == nullptr) return;
+      __builtin_memcpy(buffer, array + begin, count * sizeof(*array));
+      array = buffer;
+    };
+    const auto put = [&](auto* array, const auto* buffer) {
+      if (array != nullptr) __builtin_memcpy(array + begin, buffer, count * sizeof(*array));
+    };
+    take(at.param, param);
+    take(at.grad, grad);
+    for (int k = 0; k < kStates; ++k) take(at.state[k], state[k]);
+    if (!kPlain) {
+      take(at.accumulator, accumulator);
+      take(at.average, average);
     }
-    vector(param_buffer, grad_buffer, buffers, slot);
-    __builtin_memcpy(param, param_buffer, count * sizeof(P));
-    for (int k = 0; k < kStates; ++k) __builtin_memcpy(state[k], buffers[k], count * sizeof(S));
+    vector<kPlain>(at, 0, factor, around, slot);
+    put(from.param, param);
+    for (int k = 0; k < kStates; ++k) put(from.state[k], state[k]);
+    if (kPlain) return;
+    put(from.accumulator, accumulator);
+    put(from.average, average);
+    if (around.zero) put(from.grad, grad);
+  }
+};
+
+// Sums of squares; core/onepass.h says in which order. Sums of 1,024 elements in 256 classes are 4
+// elements a class: a few registers go through the block column by column.
+template <class G, class T>
+struct Norm {
+  using V = Vec<T>;
+  static constexpr int kDoubles = Vec<double>::kLanes;
+  static constexpr int kRounds = kNormBlock / kNormClasses;
+
+  static void run(const Span& span, const Span& next, const Task& task) {
+    const auto* grad = static_cast<const G*>(span.grad);
+    const auto* accumulator = static_cast<const T*>(span.state[kAccumulator]);
+    const T in = static_cast<T>(task.in);
+    NormSums* to = task.sums;
+    for (int64_t begin = 0; begin < span.count; begin += kNormBlock, ++to) {
+      const int64_t count = span.count - begin < kNormBlock ? span.count - begin : kNormBlock;
+      const G* g = grad != nullptr ? grad + begin : nullptr;
+      const T* a = accumulator != nullptr ? accumulator + begin : nullptr;
+      if (count == kNormBlock) {
+        const bool last = begin + kNormBlock >= span.count;
+        const void* ahead = last ? next.grad : static_cast<const void*>(grad + begin + kNormBlock);
+        *to = block(g, a, in, reinterpret_cast<uintptr_t>(ahead));
+        continue;
+      }
+      G grad_buffer[kNormBlock] = {};
+      T accumulator_buffer[kNormBlock] = {};
+      if (g != nullptr) __builtin_memcpy(grad_buffer, g, count * sizeof(G));
+      if (a != nullptr) __builtin_memcpy(accumulator_buffer, a, count * sizeof(T));
+      *to = block(g != nullptr ? grad_buffer : nullptr, a != nullptr ? accumulator_buffer : nullptr,
+                  in, reinterpret_cast<uintptr_t>(next.grad));
+    }
+  }
+
+  FUSEDOPT_INLINE static NormSums block(const G* grad, const T* accumulator, T in,
+                                        uintptr_t ahead) {
+    alignas(64) double with[kNormClasses];
+    alignas(64) double without[kNormClasses];
+    if (accumulator == nullptr) {
+      columns<false>(grad, accumulator, in, ahead, with, without);
+      return {fold_block(with), 0.0};
+    }
+    columns<true>(grad, accumulator, in, ahead, with, without);
+    return {fold_block(with), fold_block(without)};
+  }
+
+  template <bool kAccumulated>
+  FUSEDOPT_INLINE static void columns(const G* grad, const T* accumulator, T in, uintptr_t ahead,
+                                      double* with, double* without) {
+    constexpr int kParts = V::kLanes / kDoubles;
+    for (int column = 0; column < kNormClasses; column += V::kLanes) {
+      Vec<double> sum[kParts] = {};
+      Vec<double> sum_without[kParts] = {};
+      for (int round = 0; round < kRounds; ++round) {
+        const int64_t i = column + round * kNormClasses;
+        V g{};
+        if (grad != nullptr) {
+          prefetch(ahead + i * sizeof(G));
+          g = load(grad + i);
+        }
+        if (kAccumulated) {
+          const V a = load(accumulator + i);
+          g = grad != nullptr ? a + g * in : a;
+          add_squares(a, sum_without);
+        }
+        add_squares(g, sum);
+      }
+      for (int part = 0; part < kParts; ++part) {
+        store(with + column + part * kDoubles, sum[part]);
+        if (kAccumulated) store(without + column + part * kDoubles, sum_without[part]);
+      }
+    }
+  }
+
+  FUSEDOPT_INLINE static void add_squares(Vec<double> x, Vec<double>* sum) {
+    sum[0] = sum[0] + x * x;
+  }
+  FUSEDOPT_INLINE static void add_squares(Vec<float> x, Vec<double>* sum) {
+    Vec<double> wide[2];
+    widen_to_doubles(x, wide);
+    for (int half = 0; half < 2; ++half) sum[half] = sum[half] + wide[half] * wide[half];
+  }
+
+  FUSEDOPT_INLINE static double fold_block(double* sums) {
+    int half = kNormClasses / 2;
+    for (; half >= kDoubles; half /= 2) {
+      for (int i = 0; i < half; i += kDoubles) {
+        store(sums + i, load(static_cast<const double*>(sums + i)) +
+                            load(static_cast<const double*>(sums + i + half)));
+      }
+    }
+    for (; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    return sums[0];
+  }
+};
+
+template <class G, class T>
+struct Accumulate {
+  using V = Vec<T>;
+
+  static void run(const Span& span, const Span& /*next*/, const Task& task) {
+    auto* grad = static_cast<G*>(span.grad);
+    auto* accumulator = static_cast<T*>(span.state[kAccumulator]);
+    const T in = task.pass.verdict->template in<T>();
+    const bool take = task.pass.verdict->take != 0;
+    const bool zero = task.pass.zero_grads != 0;
+    int64_t i = 0;
+    for (; i + V::kLanes <= span.count; i += V::kLanes) {
+      prefetch(ahead_of(grad + i));
+      prefetch(ahead_of(accumulator + i));
+      vector(grad + i, accumulator + i, in, take, zero);
+    }
+    const int64_t count = span.count - i;
+    if (count == 0) return;
+    G grad_buffer[V::kLanes] = {};
+    T accumulator_buffer[V::kLanes] = {};
+    __builtin_memcpy(grad_buffer, grad + i, count * sizeof(G));
+    __builtin_memcpy(accumulator_buffer, accumulator + i, count * sizeof(T));
+    vector(grad_buffer, accumulator_buffer, in, take, zero);
+    if (zero) __builtin_memcpy(grad + i, grad_buffer, count * sizeof(G));
+    __builtin_memcpy(accumulator + i, accumulator_buffer, count * sizeof(T));
+  }
+
+  FUSEDOPT_INLINE static void vector(G* grad, T* accumulator, T in, bool take, bool zero) {
+    if (take) {
+      const V g = load(static_cast<const G*>(grad));
+      store(accumulator, load(static_cast<const T*>(accumulator)) + g * in);
+    }
+    if (zero) store(grad, V{});
+  }
+};
+
+// Reads gradients as a norm does, and does nothing with them but what keeps the compiler from not
+// reading them.
+struct ReadFloor {
+  static void run(const Span& span, const Span& next, const Task& task) {
+    using V = Vec<float>;
+    const auto* grad = static_cast<const float*>(span.grad);
+    const int64_t whole = span.count - span.count % V::kLanes;
+    const int64_t turn = whole - kNormBlock;
+    V sum{};
+    for (int64_t i = 0; i < whole; i += V::kLanes) {
+      const void* ahead = i < turn ? static_cast<const void*>(grad + i + kNormBlock) : next.grad;
+      prefetch(reinterpret_cast<uintptr_t>(ahead));
+      sum = sum + load(grad + i);
+    }
+    float lanes[V::kLanes];
+    store(lanes, sum);
+    task.sums->with = lanes[0];
   }
 };
 
@@ -120,6 +343,13 @@ Kernel by_variant(int variant, int storage) {
   }
 }
 
+template <template <class, class> class Pass>
+Kernel by_grad(DType grad, DType compute) {
+  if (grad == DType::kBF16) return Pass<BF16, float>::run;
+  if (grad == DType::kF16) return Pass<F16, float>::run;
+  return compute == DType::kF64 ? Pass<double, double>::run : Pass<float, float>::run;
+}
+
 }  // namespace
 
 Kernel find_kernel(int rule, int variant, int storage) {
@@ -131,11 +361,16 @@ Kernel find_kernel(int rule, int variant, int storage) {
   return nullptr;
 }
 
+Kernel find_norm(DType grad, DType compute) { return by_grad<Norm>(grad, compute); }
+Kernel find_accumulate(DType grad, DType compute) { return by_grad<Accumulate>(grad, compute); }
+
 Kernel find_floor(int states) {
   constexpr Kernel kFloors[] = {
       Update<Floor<0>, 0, float, float, float>::run, Update<Floor<1>, 0, float, float, float>::run,
       Update<Floor<2>, 0, float, float, float>::run, Update<Floor<3>, 0, float, float, float>::run};
   return kFloors[states];
 }
+
+Kernel find_read_floor() { return ReadFloor::run; }
 
 }  // namespace fusedopt::FUSEDOPT_TIER

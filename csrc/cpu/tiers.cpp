@@ -4,11 +4,18 @@
 #include <cstdlib>
 #include <stdexcept>
 
+// What every tier's unit defines, in its namespace.
+#define FUSEDOPT_DECLARE_KERNELS                              \
+  Kernel find_kernel(int rule, int variant, int storage);     \
+  Kernel find_norm(DType grad, DType compute);                \
+  Kernel find_accumulate(DType grad, DType compute);          \
+  Kernel find_floor(int states);                              \
+  Kernel find_read_floor();
+
 namespace fusedopt {
 
 namespace generic {
-Kernel find_kernel(int rule, int variant, int storage);
-Kernel find_floor(int states);
+FUSEDOPT_DECLARE_KERNELS
 }  // namespace generic
 namespace {
 bool always() { return true; }
@@ -16,12 +23,10 @@ bool always() { return true; }
 
 #if defined(__x86_64__)
 namespace avx2 {
-Kernel find_kernel(int rule, int variant, int storage);
-Kernel find_floor(int states);
+FUSEDOPT_DECLARE_KERNELS
 }  // namespace avx2
 namespace avx512 {
-Kernel find_kernel(int rule, int variant, int storage);
-Kernel find_floor(int states);
+FUSEDOPT_DECLARE_KERNELS
 }  // namespace avx512
 
 namespace {
@@ -36,11 +41,15 @@ bool has_avx512() {
 
 const std::vector<Tier>& built_tiers() {
   static const std::vector<Tier> tiers = {
-      {"generic", always, generic::find_kernel, generic::find_floor},
+#define FUSEDOPT_TIER_OF(name, supported)                                        \
+  {#name,             supported,        name::find_kernel,    name::find_norm,   \
+   name::find_accumulate, name::find_floor, name::find_read_floor}
+      FUSEDOPT_TIER_OF(generic, always),
 #if defined(__x86_64__)
-      {"avx2", has_avx2, avx2::find_kernel, avx2::find_floor},
-      {"avx512", has_avx512, avx512::find_kernel, avx512::find_floor},
+      FUSEDOPT_TIER_OF(avx2, has_avx2),
+      FUSEDOPT_TIER_OF(avx512, has_avx512),
 #endif
+#undef FUSEDOPT_TIER_OF
   };
   return tiers;
 }

@@ -5,32 +5,43 @@
 #include <string>
 #include <vector>
 
+#include "core/onepass.h"
 #include "core/table.h"
 
 namespace fusedopt {
 
-// A contiguous run of elements of one row.
+// A contiguous run of elements of one row; null where the row has no such array.
 struct Span {
   void* param;
-  const void* grad;
-  void* state[kMaxStates];
+  void* grad;
+  void* state[kMaxRowStates];
   int64_t count;
 };
 
-// Updates a span and asks for the beginning of the next; `slot` points to the Slot of the row's
-// rule and compute type.
-using Kernel = void (*)(const Span& span, const Span& next, const void* slot);
+// What a kernel needs to know of a span beside its arrays.
+struct Task {
+  const void* slot = nullptr;  // the Slot of the row's rule and compute type; of updates
+  Pass pass;
+  NormSums* sums = nullptr;  // where those of the span's blocks go; of norms
+  double in = 1.0;           // what they multiply gradients by before they add the accumulators
+};
 
-// Finds a tier's kernel by rule index (the position in FUSEDOPT_FOR_EACH_RULE), variant and storage
-// index. The traffic floor is found by its number of states: the same loop, without a rule.
-using FindKernel = Kernel (*)(int rule, int variant, int storage);
-using FindFloor = Kernel (*)(int states);
+// Works on a span and asks for the beginning of the next. An update takes gradients from where the
+// row has them; a norm sums blocks, of which a span has whole ones but for the row's last; an
+// accumulation adds gradients to the accumulators.
+using Kernel = void (*)(const Span& span, const Span& next, const Task& task);
 
+// Finds a tier's update by rule index (the position in FUSEDOPT_FOR_EACH_RULE), variant and storage
+// index, the other kernels by the gradient's type. The traffic floors are found by the number of
+// states and for reading gradients alone: the same loops, without a rule.
 struct Tier {
   const char* name;
   bool (*supported)();
-  FindKernel kernel;
-  FindFloor floor;
+  Kernel (*kernel)(int rule, int variant, int storage);
+  Kernel (*norm)(DType grad, DType compute);
+  Kernel (*accumulate)(DType grad, DType compute);
+  Kernel (*floor)(int states);
+  Kernel (*read_floor)();
 };
 
 // All tiers of this build, slowest first; the first runs everywhere.

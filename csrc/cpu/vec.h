@@ -4,8 +4,8 @@
 // header after switching the compiler to its instruction set. Everything here lives in the tier's
 // namespace: template instantiations of different tiers have different names, so that the linker
 // can never hand one tier's code to another. Arithmetic uses the compiler's vector extension;
-// intrinsics appear only where it has no operator (roots, fp16) or
-// where g++ 12 expands one badly (words in and out of the halves of others, on AVX-512).
+// intrinsics appear only where it has no operator (roots, fp16) or where g++ 12 expands one badly
+// (words in and out of the halves of others, on AVX-512).
 #pragma once
 
 #if defined(__x86_64__)
@@ -88,6 +88,14 @@ FUSEDOPT_INLINE void store(double* to, Vec<double> v) {
 }
 
 constexpr int kFloats = Vec<float>::kLanes;
+
+// The lanes as doubles, in order.
+FUSEDOPT_INLINE void widen_to_doubles(Vec<float> v, Vec<double>* to) {
+  using Half = Native<float, kFloats / 2>::Type;
+  Half halves[2];
+  __builtin_memcpy(halves, &v.lanes, sizeof halves);
+  for (int h = 0; h < 2; ++h) to[h].lanes = __builtin_convertvector(halves[h], Vec<double>::Lanes);
+}
 using Words = Native<uint32_t, kFloats>::Type;
 using HalfWords = Native<uint16_t, kFloats>::Type;
 

@@ -77,6 +77,20 @@ FUSEDOPT_HD void store(Storage* to, const T (&from)[kWidth]) {
   }
 }
 
+// Where the i-th element of a row's array lies, whatever the row's layout.
+FUSEDOPT_HD int64_t element_of(const DeviceTable& table, const DeviceRow& row, int array,
+                               int64_t i) {
+  if (row.layout < 0) return i;
+  const DeviceLayout& layout = table.layouts[row.layout];
+  int64_t at = 0;
+  FUSEDOPT_NO_UNROLL
+  for (int d = layout.dims - 1; d >= 0; --d) {
+    at += i % layout.sizes[d] * layout.strides[array][d];
+    i /= layout.sizes[d];
+  }
+  return at;
+}
+
 template <class Rule, int kVariant, class P, class G, class S>
 struct Body {
   using T = typename ComputeOf<P>::Type;
@@ -85,38 +99,72 @@ struct Body {
   static constexpr int kLeast = sizeof(P) < sizeof(G) ? sizeof(P) : sizeof(G);
   static constexpr int kWidest = kAccessBytes / (kLeast < int(sizeof(S)) ? kLeast : int(sizeof(S)));
 
-  // What a thread needs of its chunk.
+  // What a thread needs of its chunk; null is what the row does not have.
   struct Chunk {
     P* param;
     G* grad;
     S* state[kMaxStates];
+    T* accumulator;
+    T* average;
     int count;
     const float* grad_scale;
+    const Verdict* verdict;
+    bool zero_grads;
+    T factor;
     SlotType slot;
   };
 
-  // `at` are the elements' offsets into the arrays: parameter, gradient, states.
+  // The gradient that the rule sees, up to the factor.
   template <int kWidth>
-  FUSEDOPT_HD static void update(const Chunk& chunk, const int64_t (&at)[2 + kMaxStates]) {
-    T param[kWidth];
-    T grad[kWidth];
-    T state[kMaxStates][kWidth];
-    load(param, chunk.param + at[0]);
-    load(grad, chunk.grad + at[1]);
-    FUSEDOPT_UNROLL
-    for (int k = 0; k < kStates; ++k) load(state[k], chunk.state[k] + at[2 + k]);
+  FUSEDOPT_HD static void gather_grad(const Chunk& chunk, const int64_t (&at)[kMaxArrays],
+                                      T (&grad)[kWidth]) {
+    const bool take = chunk.grad != nullptr && (chunk.verdict == nullptr || chunk.verdict->take != 0);
+    if (take) {
+      load(grad, chunk.grad + at[1]);
+    } else {
+      FUSEDOPT_UNROLL
+      for (int i = 0; i < kWidth; ++i) grad[i] = 0;
+    }
     if (chunk.grad_scale != nullptr) {
       const T scale = T(*chunk.grad_scale);
       FUSEDOPT_UNROLL
       for (int i = 0; i < kWidth; ++i) grad[i] = grad[i] / scale;
       store(chunk.grad + at[1], grad);
     }
+    if (chunk.accumulator != nullptr) {
+      T sum[kWidth];
+      load(sum, chunk.accumulator + at[2 + kAccumulator]);
+      const T in = chunk.verdict->template in<T>();
+      FUSEDOPT_UNROLL
+      for (int i = 0; i < kWidth; ++i) grad[i] = take ? sum[i] + grad[i] * in : sum[i];
+      clear<kWidth>(chunk.accumulator + at[2 + kAccumulator]);
+    }
+  }
+
+  template <int kWidth, class Storage>
+  FUSEDOPT_HD static void clear(Storage* to) {
+    typename ComputeOf<Storage>::Type zeros[kWidth];
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kWidth; ++i) zeros[i] = 0;
+    store(to, zeros);
+  }
+
+  // `at` are the elements' offsets into the arrays.
+  template <int kWidth>
+  FUSEDOPT_HD static void update(const Chunk& chunk, const int64_t (&at)[kMaxArrays]) {
+    T param[kWidth];
+    T grad[kWidth];
+    T state[kMaxStates][kWidth];
+    load(param, chunk.param + at[0]);
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < kStates; ++k) load(state[k], chunk.state[k] + at[2 + k]);
+    gather_grad(chunk, at, grad);
     FUSEDOPT_UNROLL
     for (int i = 0; i < kWidth; ++i) {
       T element_state[kMaxStates];
       FUSEDOPT_UNROLL
       for (int k = 0; k < kStates; ++k) element_state[k] = state[k][i];
-      Rule::template update<kVariant>(param[i], grad[i] * chunk.slot.grad_factor, element_state,
+      Rule::template update<kVariant>(param[i], grad[i] * chunk.factor, element_state,
                                       chunk.slot.scalars);
       FUSEDOPT_UNROLL
       for (int k = 0; k < kStates; ++k) state[k][i] = element_state[k];
@@ -124,11 +172,28 @@ struct Body {
     store(chunk.param + at[0], param);
     FUSEDOPT_UNROLL
     for (int k = 0; k < kStates; ++k) store(chunk.state[k] + at[2 + k], state[k]);
+    if (chunk.average != nullptr) update_average(chunk, at, param);
+    if (chunk.zero_grads && chunk.grad != nullptr) clear<kWidth>(chunk.grad + at[1]);
+  }
+
+  // Of the parameter as it is stored.
+  template <int kWidth>
+  FUSEDOPT_HD static void update_average(const Chunk& chunk, const int64_t (&at)[kMaxArrays],
+                                         const T (&param)[kWidth]) {
+    T average[kWidth];
+    load(average, chunk.average + at[2 + kAverage]);
+    const T decay = chunk.verdict->template ema_decay<T>();
+    const T rest = chunk.verdict->template ema_rest<T>();
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < kWidth; ++i) {
+      average[i] = decay * average[i] + rest * T(from_storage(to_storage<P>(param[i])));
+    }
+    store(chunk.average + at[2 + kAverage], average);
   }
 
   template <int kWidth>
   FUSEDOPT_HD static void update_at(const Chunk& chunk, int64_t i) {
-    const int64_t at[2 + kMaxStates] = {i, i, i, i, i};
+    const int64_t at[kMaxArrays] = {i, i, i, i, i, i, i};
     update<kWidth>(chunk, at);
   }
 
@@ -164,38 +229,73 @@ struct Body {
     FUSEDOPT_NO_UNROLL
     for (int i = thread; i < chunk.count; i += threads) {
       int64_t left = begin + i;
-      int64_t at[2 + kMaxStates] = {};
+      int64_t at[kMaxArrays] = {};
       FUSEDOPT_NO_UNROLL
       for (int d = layout.dims - 1; d >= 0; --d) {
         const int64_t index = left % layout.sizes[d];
         left /= layout.sizes[d];
         FUSEDOPT_UNROLL
         for (int a = 0; a < 2 + kStates; ++a) at[a] += index * layout.strides[a][d];
+        FUSEDOPT_UNROLL
+        for (int a = 2 + kAccumulator; a < kMaxArrays; ++a) at[a] += index * layout.strides[a][d];
       }
       update<1>(chunk, at);
     }
   }
 
-  FUSEDOPT_HD static void run(const DeviceTable& table, const Scaler& scaler, int64_t chunk_index,
-                              int thread, int threads) {
+  FUSEDOPT_HD static void run(const DeviceTable& table, const Scaler& scaler, const Pass& pass,
+                              int64_t chunk_index, int thread, int threads) {
     const DeviceChunk piece = table.chunks[chunk_index];
     const DeviceRow& row = table.rows[piece.row];
-    if (row.grad == nullptr) return;
+    if (row.grad == nullptr && row.state[kAccumulator] == nullptr) return;
     const bool linear = row.layout < 0;
     const int64_t begin = linear ? piece.begin : 0;
     Chunk chunk;
     chunk.param = static_cast<P*>(row.param) + begin;
-    chunk.grad = static_cast<G*>(const_cast<void*>(row.grad)) + begin;
+    chunk.grad = offset<G>(row.grad, begin);
     FUSEDOPT_UNROLL
     for (int k = 0; k < kStates; ++k) chunk.state[k] = static_cast<S*>(row.state[k]) + begin;
+    chunk.accumulator = offset<T>(row.state[kAccumulator], begin);
+    chunk.average = offset<T>(row.state[kAverage], begin);
     chunk.count = piece.count;
     chunk.grad_scale = scaler.grad_scale;
+    chunk.verdict = pass.verdict;
+    chunk.zero_grads = pass.zero_grads != 0;
     chunk.slot = static_cast<const SlotType*>(table.slots)[row.slot];
+    chunk.factor = chunk.slot.grad_factor;
+    if (pass.verdict != nullptr) chunk.factor = chunk.factor * pass.verdict->template factor<T>();
     if (linear) {
       by_width(chunk, row.width, row.head, thread, threads);
     } else {
       strided(chunk, table.layouts[row.layout], piece.begin, thread, threads);
     }
+  }
+
+  // What a step that is skipped still does: it empties the window, and clears gradients if asked to.
+  FUSEDOPT_HD static bool clears(const Pass& pass) {
+    return pass.zero_grads != 0 || pass.verdict != nullptr;
+  }
+  FUSEDOPT_HD static void clear(const DeviceTable& table, const Pass& pass, int64_t chunk_index,
+                                int thread, int threads) {
+    const DeviceChunk piece = table.chunks[chunk_index];
+    const DeviceRow& row = table.rows[piece.row];
+    auto* grad = pass.zero_grads != 0 ? static_cast<G*>(row.grad) : nullptr;
+    auto* accumulator = static_cast<T*>(row.state[kAccumulator]);
+    FUSEDOPT_NO_UNROLL
+    for (int i = thread; i < piece.count; i += threads) {
+      if (grad != nullptr) {
+        clear<1>(grad + element_of(table, row, 1, piece.begin + i));
+      }
+      if (accumulator != nullptr) {
+        clear<1>(accumulator + element_of(table, row, 2 + kAccumulator, piece.begin + i));
+      }
+    }
+  }
+
+ private:
+  template <class Storage>
+  FUSEDOPT_HD static Storage* offset(void* array, int64_t begin) {
+    return array == nullptr ? nullptr : static_cast<Storage*>(array) + begin;
   }
 };
 

@@ -8,9 +8,9 @@ namespace {
 
 // The grid and the loop of the updates; see update.cuh.
 template <int kStates>
-__global__ void __launch_bounds__(kThreads, 2) traffic_floor(DeviceTable table, Scaler scaler) {
+__global__ void __launch_bounds__(kThreads, 2) traffic_floor(DeviceTable table, Pass pass) {
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
-    Body<Floor<kStates>, 0, float, float, float>::run(table, scaler, chunk,
+    Body<Floor<kStates>, 0, float, float, float>::run(table, {}, pass, chunk,
                                                       static_cast<int>(threadIdx.x), kThreads);
   }
 }

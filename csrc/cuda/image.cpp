@@ -57,7 +57,7 @@ void Image::update(const Table& table, const std::vector<PrepareSlot>& prepare,
   size_t first = table.rows.size();
   size_t last = 0;
   for (size_t r = 0; r < table.rows.size(); ++r) {
-    if (!update_row(table.rows[r], table.storage, table.states, rows[r])) continue;
+    if (!update_row(table.rows[r], table, rows[r])) continue;
     first = std::min(first, r);
     last = r + 1;
   }

@@ -2,17 +2,25 @@
 // storage tuples they name.
 #pragma once
 
+#include "core/dtype.h"
+
 namespace fusedopt::cuda {
 
-// The kernel's address, as cudaLaunchKernel takes it; its arguments are a DeviceTable and a Scaler.
+// The kernel's address, as cudaLaunchKernel takes it; its arguments are a DeviceTable, a
+// Scaler and a Pass.
 template <class P, class G, class S>
 const void* find_kernel(int rule, int variant);
 
-// The kernel that fills scalar slots, for fp32 or fp64 arithmetic; its arguments are a PrepareTable
-// and a Scaler, its threads one a slot.
+// The kernel that fills scalar slots, for fp32 or fp64 arithmetic; its arguments are a PrepareTable,
+// a Scaler and a Verdict's address, its threads one a slot.
 const void* find_prepare_kernel(int rule, bool in_double);
 
-// The traffic floor of a rule with so many states; its arguments are those of an update.
+// The kernel that sums a norm; its arguments are a DeviceTable, a Measure and a Question. And the one
+// that adds gradients to accumulators; a DeviceTable and a Pass.
+const void* find_norm_kernel(DType grad, DType compute);
+const void* find_accumulate_kernel(DType grad, DType compute);
+
+// The traffic floor of a rule with so many states; its arguments are a DeviceTable and a Pass.
 const void* find_floor_kernel(int states);
 
 }  // namespace fusedopt::cuda

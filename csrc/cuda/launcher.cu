@@ -48,7 +48,9 @@ class CudaLauncher final : public GpuLauncher {
     cudaFuncAttributes attributes;
     const bool in_double = storage.param == DType::kF64;
     for (const void* kernel :
-         {kernel_of(storage, rule, variant), find_prepare_kernel(rule, in_double)}) {
+         {kernel_of(storage, rule, variant), find_prepare_kernel(rule, in_double),
+          find_norm_kernel(storage.grad, storage.param),
+          find_accumulate_kernel(storage.grad, storage.param)}) {
       const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
       if (error != cudaSuccess) return status_of(error);
     }
@@ -56,38 +58,51 @@ class CudaLauncher final : public GpuLauncher {
   }
 
   Status update(const StorageTuple& storage, int rule, int variant, const DeviceTable& table,
-                const Scaler& scaler, Stream stream) override {
-    return launch_over_chunks(kernel_of(storage, rule, variant), table, scaler, stream);
+                const Scaler& scaler, const Pass& pass, Stream stream) override {
+    return launch_over_chunks(kernel_of(storage, rule, variant), stream, table, scaler, pass);
   }
 
   Status prepare(int rule, bool in_double, const PrepareTable& table, const Scaler& scaler,
-                 Stream stream) override {
+                 const Verdict* verdict, Stream stream) override {
     const int64_t blocks = (table.slot_count + kThreads - 1) / kThreads;
-    return launch(find_prepare_kernel(rule, in_double), blocks, table, scaler, stream);
+    return launch(find_prepare_kernel(rule, in_double), blocks, stream, table, scaler, verdict);
   }
 
-  Status floor(int states, const DeviceTable& table, Stream stream) override {
-    return launch_over_chunks(find_floor_kernel(states), table, Scaler{}, stream);
+  Status norm(const StorageTuple& storage, const DeviceTable& table, const Measure& measure,
+              const Question& question, Stream stream) override {
+    return launch_over_chunks(find_norm_kernel(storage.grad, storage.param), stream, table, measure,
+                              question);
+  }
+
+  Status accumulate(const StorageTuple& storage, const DeviceTable& table, const Pass& pass,
+                    Stream stream) override {
+    return launch_over_chunks(find_accumulate_kernel(storage.grad, storage.param), stream, table,
+                              pass);
+  }
+
+  Status floor(int states, const DeviceTable& table, const Pass& pass, Stream stream) override {
+    return launch_over_chunks(find_floor_kernel(states), stream, table, pass);
   }
 
  private:
-  template <class Arguments>
-  static Status launch(const void* kernel, int64_t blocks, Arguments table, Scaler scaler,
-                       Stream stream) {
-    void* arguments[] = {&table, &scaler};
+  template <class... Arguments>
+  static Status launch(const void* kernel, int64_t blocks, Stream stream, Arguments... arguments) {
+    void* addresses[] = {&arguments...};
     return status_of(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                                      arguments, 0, static_cast<cudaStream_t>(stream)));
+                                      addresses, 0, static_cast<cudaStream_t>(stream)));
   }
 
   // As many blocks as run at once: each walks the chunks in steps of the grid.
-  Status launch_over_chunks(const void* kernel, const DeviceTable& table, const Scaler& scaler,
-                            Stream stream) {
+  template <class... Arguments>
+  Status launch_over_chunks(const void* kernel, Stream stream, const DeviceTable& table,
+                            const Arguments&... arguments) {
     int blocks_each = 0;
     const cudaError_t error =
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, kThreads, 0);
     if (error != cudaSuccess) return status_of(error);
-    const int64_t blocks = std::min(table.chunk_count, int64_t{blocks_each} * multiprocessors());
-    return launch(kernel, blocks, table, scaler, stream);
+    const int64_t most = int64_t{blocks_each} * multiprocessors();
+    const int64_t blocks = std::clamp(table.chunk_count, int64_t{1}, most);
+    return launch(kernel, blocks, stream, table, arguments...);
   }
 };
 

@@ -6,9 +6,9 @@ namespace fusedopt::cuda {
 namespace {
 
 template <class Rule, class T>
-__global__ void update_prepare(PrepareTable table, Scaler scaler) {
+__global__ void update_prepare(PrepareTable table, Scaler scaler, const Verdict* verdict) {
   const int64_t slot = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (slot < table.slot_count) prepare_slot<Rule, T>(table, scaler, slot);
+  if (slot < table.slot_count) prepare_slot<Rule, T>(table, scaler, verdict, slot);
 }
 
 }  // namespace

@@ -58,8 +58,9 @@ struct PrepareTable {
 
 // A skipped step bumps nothing, and its slots are not read.
 template <class Rule, class T>
-FUSEDOPT_HD void prepare_slot(const PrepareTable& table, const Scaler& scaler, int64_t index) {
-  if (scaler.found_inf != nullptr && *scaler.found_inf != 0.0f) return;
+FUSEDOPT_HD void prepare_slot(const PrepareTable& table, const Scaler& scaler,
+                              const Verdict* verdict, int64_t index) {
+  if (skips(scaler, verdict)) return;
   using Hyper = typename Rule::Hyper;
   const PrepareSlot& slot = table.prepare[index];
   if (slot.hyper < 0) return;

@@ -9,31 +9,37 @@ namespace fusedopt::cuda {
 namespace {
 
 // Whether all accesses of a row's width are aligned once its head has been passed.
-bool aligned(const DeviceRow& row, const StorageTuple& storage, int states) {
-  const auto fits = [&](const void* array, DType dtype) {
-    const int bytes = std::min(row.width * item_size(dtype), kAccessBytes);
-    return (reinterpret_cast<uintptr_t>(array) + row.head * item_size(dtype)) % bytes == 0;
+bool aligned(const DeviceRow& row, const Table& table) {
+  const auto fits = [&](const void* array, int index) {
+    if (!table.has(index)) return true;
+    const int item = item_size(table.dtype(index));
+    const int bytes = std::min(row.width * item, kAccessBytes);
+    return (reinterpret_cast<uintptr_t>(array) + row.head * item) % bytes == 0;
   };
-  bool all = fits(row.param, storage.param) && fits(row.grad, storage.grad);
-  for (int k = 0; k < states; ++k) all = all && fits(row.state[k], storage.state);
+  // An array that a row lacks in this step does not narrow the others.
+  bool all = fits(row.param, 0) && (row.grad == nullptr || fits(row.grad, 1));
+  for (int k = 0; k < kMaxRowStates; ++k) {
+    all = all && (row.state[k] == nullptr || fits(row.state[k], 2 + k));
+  }
   return all;
 }
 
 }  // namespace
 
-bool update_row(const Row& from, const StorageTuple& storage, int states, DeviceRow& row) {
+bool update_row(const Row& from, const Table& table, DeviceRow& row) {
   const bool moved = row.param != from.param || row.grad != from.grad || row.width == 0 ||
-                     !std::equal(from.state, from.state + kMaxStates, row.state);
-  if (!moved && row.slot == from.slot) return false;
+                     !std::equal(from.state, from.state + kMaxRowStates, row.state);
+  if (!moved && row.slot == from.slot && row.norm_block == from.norm_block) return false;
   row.slot = from.slot;
+  row.norm_block = from.norm_block;
   if (!moved) return true;
   row.param = from.param;
   row.grad = from.grad;
   row.layout = from.layout;
-  std::copy(from.state, from.state + kMaxStates, row.state);
-  for (row.width = vector_width(storage); row.width > 1; row.width /= 2) {
+  std::copy(from.state, from.state + kMaxRowStates, row.state);
+  for (row.width = vector_width(table.storage); row.width > 1; row.width /= 2) {
     for (row.head = 0; row.head < row.width; ++row.head) {
-      if (aligned(row, storage, states)) return true;
+      if (aligned(row, table)) return true;
     }
   }
   row.head = 0;
@@ -61,7 +67,7 @@ void cut(const Table& table, int64_t elements, std::vector<DeviceChunk>& chunks)
 }
 
 int64_t chunk_elements(int64_t numel, int multiprocessors, const StorageTuple& storage) {
-  const int64_t least = int64_t{kThreads} * vector_width(storage);
+  const int64_t least = std::max(int64_t{kThreads} * vector_width(storage), kNormBlock);
   constexpr int64_t kMost = 32 * 1024;
   // Blocks take chunks in turn: with few each, the last turn would leave most of the chip idle.
   constexpr int kChunksEach = 32;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/onepass.h"
 #include "core/table.h"
 
 namespace fusedopt::cuda {
@@ -24,8 +25,9 @@ constexpr int vector_width(StorageTuple storage) {
 
 struct DeviceRow {
   void* param;
-  const void* grad;  // null: the row takes no part in this step
-  void* state[kMaxStates];
+  void* grad;
+  void* state[kMaxRowStates];  // as in core/table.h
+  int64_t norm_block;
   int32_t slot;
   int32_t layout;  // index into the layouts; -1: all arrays run through memory in one order
   int32_t width;   // elements an access may move once `head` elements have been passed
@@ -50,13 +52,13 @@ struct DeviceLayout {
 };
 
 // triton_kernels/multi_tensor.py reads these structs at the same places.
-static_assert(sizeof(DeviceRow) == 56 && offsetof(DeviceRow, grad) == 8 &&
-              offsetof(DeviceRow, state) == 16 && offsetof(DeviceRow, slot) == 40 &&
-              offsetof(DeviceRow, layout) == 44 && offsetof(DeviceRow, width) == 48 &&
-              offsetof(DeviceRow, head) == 52);
+static_assert(sizeof(DeviceRow) == 80 && offsetof(DeviceRow, grad) == 8 &&
+              offsetof(DeviceRow, state) == 16 && offsetof(DeviceRow, norm_block) == 56 &&
+              offsetof(DeviceRow, slot) == 64 && offsetof(DeviceRow, layout) == 68 &&
+              offsetof(DeviceRow, width) == 72 && offsetof(DeviceRow, head) == 76);
 static_assert(sizeof(DeviceChunk) == 16 && offsetof(DeviceChunk, count) == 8 &&
               offsetof(DeviceChunk, row) == 12);
-static_assert(sizeof(DeviceLayout) == 3080 && offsetof(DeviceLayout, sizes) == 8 &&
+static_assert(sizeof(DeviceLayout) == 4104 && offsetof(DeviceLayout, sizes) == 8 &&
               offsetof(DeviceLayout, strides) == 520 && sizeof(DeviceLayout::strides[0]) == 512);
 
 // Everything a launch reads besides the arrays. Pointers into device memory.
@@ -68,23 +70,42 @@ struct DeviceTable {
   int64_t chunk_count;
 };
 
-// GradScaler's tensors, null without one. Every thread of a launch takes the same branch on them.
+// GradScaler's tensors, null without one, for an update without a verdict. Every thread of a launch
+// takes the same branch on them.
 struct Scaler {
-  const float* grad_scale =
-      nullptr;  // what gradients are still multiplied by; they are written back without
+  // What gradients are still multiplied by; they are written back without.
+  const float* grad_scale = nullptr;
   const float* found_inf = nullptr;  // not 0: nothing is updated
 };
 
+FUSEDOPT_HD static bool skips(const Scaler& scaler, const Verdict* verdict) {
+  return (scaler.found_inf != nullptr && *scaler.found_inf != 0.0f) ||
+         (verdict != nullptr && verdict->skip != 0);
+}
+
+// Where the sums of a norm go, and who makes a verdict of them. Read by
+// triton_kernels/multi_tensor.py.
+struct Measure {
+  NormSums* blocks;
+  int64_t block_count;
+  NormSums* total;   // of all blocks; null: nobody asks for it
+  Verdict* verdict;
+  int32_t last;      // the last launch over these blocks: it sums them up
+  int32_t decides;   // and makes the verdict
+};
+static_assert(sizeof(Measure) == 40 && offsetof(Measure, last) == 32 &&
+              offsetof(Measure, decides) == 36);
+
 // Makes `row` the image of a table's row, with the widest access that all its arrays allow and the
 // elements before the first of them. Returns whether anything in it is new.
-bool update_row(const Row& from, const StorageTuple& storage, int states, DeviceRow& row);
+bool update_row(const Row& from, const Table& table, DeviceRow& row);
 
 DeviceLayout device_layout(const Layout& layout);
 
 // Cuts rows into chunks of `elements`, a multiple of every vector width, in address order.
 void cut(const Table& table, int64_t elements, std::vector<DeviceChunk>& chunks);
 
-// Elements a chunk, so that `multiprocessors` have at least 32 chunks each where the table is large
+// Elements a chunk, whole blocks of a norm, so that `multiprocessors` have at least 32 chunks each where the table is large
 // enough, and a chunk is at least an access a thread.
 int64_t chunk_elements(int64_t numel, int multiprocessors, const StorageTuple& storage);
 

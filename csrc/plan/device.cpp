@@ -37,7 +37,7 @@ const float* amp_number(const at::Tensor& tensor, c10::Device device,
 
 // Copies parts of an image to where it lies on the device, in the order of the current stream. The
 // staging memory comes from torch's pinned allocator, which hands it out again once it was copied.
-void upload(const cuda::Image& image, const std::vector<cuda::Range>& ranges,
+void upload_ranges(const cuda::Image& image, const std::vector<cuda::Range>& ranges,
             const at::Tensor& memory) {
   auto* to = static_cast<std::byte*>(memory.data_ptr());
   for (const cuda::Range& range : ranges) {
@@ -156,8 +156,9 @@ int CapturedTables::refresh(const std::string& rule_name, const py::list& param_
     std::vector<cuda::Range> changed;
     table.image.update_hypers(fresh[t].hypers, changed);
     const auto size = static_cast<int64_t>(table.image.size());
-    upload(table.image, changed,
-           at::from_blob(table.memory, {size}, at::TensorOptions(at::kByte).device(table.device)));
+    upload_ranges(
+        table.image, changed,
+        at::from_blob(table.memory, {size}, at::TensorOptions(at::kByte).device(table.device)));
     table.refreshed = std::move(fresh[t].kept);  // what it held before is read no more
   }
   return static_cast<int>(alive.size());
@@ -186,48 +187,69 @@ void TableOnDevice::ready(const Table& table) {
   image_ = std::move(image);
 }
 
-void TableOnDevice::step(const Table& table, const DeviceNumbers& numbers) {
+Board TableOnDevice::upload(const Table& table, const DeviceNumbers& numbers) {
   Leftovers::free();
   const c10::DeviceGuard guard(device_);
-  if (image_->chunks() == 0 && scalars_ == cuda::Scalars::kHost) return;
   changed_.clear();
   image_->update(table, numbers.prepare, numbers.hypers, changed_);
-  upload(*image_, changed_, memory_);
+  upload_ranges(*image_, changed_, memory_);
   if (!device_.is_cpu()) {
     memory_.record_stream(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
   }
-  launch(*image_, static_cast<std::byte*>(memory_.data_ptr()), table, numbers,
-         current_stream(device_));
+  return {image_.get(), static_cast<std::byte*>(memory_.data_ptr())};
 }
 
-void TableOnDevice::capture(const Table& table, const DeviceNumbers& numbers,
-                            const std::vector<int>& variants, CapturedTables& captured) {
+Board TableOnDevice::capture(const Table& table, const DeviceNumbers& numbers,
+                             const std::vector<int>& variants, CapturedTables& captured) {
   const c10::DeviceGuard guard(device_);
   cuda::Image image(table, cuda::Scalars::kDevice, groups_, launcher_.multiprocessors());
-  if (table.rows.empty()) return;
   std::vector<cuda::Range> changed;
   image.update(table, numbers.prepare, numbers.hypers, changed);
-  const cuda::Stream stream = current_stream(device_);
   auto made = std::make_shared<CapturedTable>(launcher_, device_, std::move(image));
   made->variants = variants;
   made->kept = numbers.kept;
   auto held = std::make_unique<std::shared_ptr<CapturedTable>>(made);
-  check(launcher_.keep(stream, held.get(), Leftovers::release));
+  check(launcher_.keep(current_stream(device_), held.get(), Leftovers::release));
   static_cast<void>(held.release());  // the graph's now
-  launch(made->image, made->memory, table, numbers, stream);
   captured.add(made);
+  return {&made->image, made->memory};
 }
 
-void TableOnDevice::launch(const cuda::Image& image, std::byte* memory, const Table& table,
-                           const DeviceNumbers& numbers, cuda::Stream stream) {
-  const cuda::DeviceTable on_device = image.table_at(memory);
-  if (rule_ == nullptr) return check(launcher_.floor(table.states, on_device, stream));
-  if (image.scalars() == cuda::Scalars::kDevice) {
+void TableOnDevice::norm(const Board& board, const Table& table, const NormNumbers& norm) {
+  const c10::DeviceGuard guard(device_);
+  check(launcher_.norm(table.storage, board.table(), norm.measure, norm.question,
+                       current_stream(device_)));
+}
+
+void TableOnDevice::accumulate(const Board& board, const Table& table, const Pass& pass) {
+  if (board.image->chunks() == 0) return;
+  const c10::DeviceGuard guard(device_);
+  check(launcher_.accumulate(table.storage, board.table(), pass, current_stream(device_)));
+}
+
+void TableOnDevice::step(const Board& board, const Table& table, const DeviceNumbers& numbers) {
+  const c10::DeviceGuard guard(device_);
+  const cuda::Stream stream = current_stream(device_);
+  if (board.image->scalars() == cuda::Scalars::kDevice) {
     check(launcher_.prepare(rule_->index, table.storage.param == DType::kF64,
-                            image.prepare_at(memory), numbers.scaler, stream));
+                            board.image->prepare_at(board.memory), numbers.scaler,
+                            numbers.pass.verdict, stream));
   }
-  if (image.chunks() == 0) return;  // parameters without elements, whose steps are counted
-  check(launcher_.update(table.storage, rule_->index, variant_, on_device, numbers.scaler, stream));
+  if (board.image->chunks() == 0) return;  // parameters without elements, whose steps are counted
+  check(launcher_.update(table.storage, rule_->index, variant_, board.table(), numbers.scaler,
+                         numbers.pass, stream));
+}
+
+void TableOnDevice::floor(const Board& board, const Table& table, const Pass& pass) {
+  const c10::DeviceGuard guard(device_);
+  check(launcher_.floor(table.states, board.table(), pass, current_stream(device_)));
+}
+
+void finish_norm(cuda::Launcher& launcher, c10::Device device, StorageTuple storage,
+                 const NormNumbers& norm) {
+  const c10::DeviceGuard guard(device);
+  check(launcher.norm(storage, cuda::DeviceTable{}, norm.measure, norm.question,
+                      current_stream(device)));
 }
 
 }  // namespace fusedopt

@@ -1,4 +1,4 @@
-// Tables that kernels on a device update: their memory there, and what a step uploads and launches.
+// Tables that kernels on a device work on: their memory there, and what a step uploads and launches.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,6 +12,7 @@
 #include "cuda/image.h"
 #include "cuda/launcher.h"
 #include "plan/hyper.h"
+#include "plan/onepass.h"
 
 namespace fusedopt {
 
@@ -28,7 +29,14 @@ struct DeviceNumbers {
   std::vector<cuda::PrepareSlot> prepare;  // one a row
   std::vector<cuda::DeviceHyper> hypers;   // one a param group
   cuda::Scaler scaler;
+  Pass pass;
   std::vector<at::Tensor> kept;
+};
+
+// What a norm's launch over a table is told.
+struct NormNumbers {
+  cuda::Measure measure;
+  Question question;
 };
 
 // A group's hyperparameters for kernels on `device`; what has to be moved there goes to `kept`.
@@ -38,6 +46,10 @@ cuda::DeviceHyper device_hyper(const GroupValues& values, c10::Device device,
 // AMP's tensors as kernels on `device` read them; what has to be moved there goes to `kept`.
 cuda::Scaler device_scaler(const AmpTensors& amp, c10::Device device,
                            std::vector<at::Tensor>& kept);
+
+// A norm's launch without a table: it sums up blocks that others wrote, and decides.
+void finish_norm(cuda::Launcher& launcher, c10::Device device, StorageTuple storage,
+                 const NormNumbers& norm);
 
 // The stream that torch would launch on now.
 cuda::Stream current_stream(c10::Device device);
@@ -74,6 +86,14 @@ class CapturedTables {
   std::vector<std::weak_ptr<CapturedTable>> tables_;
 };
 
+// A table's image, and where it lies on the device.
+struct Board {
+  const cuda::Image* image = nullptr;
+  std::byte* memory = nullptr;
+
+  cuda::DeviceTable table() const { return image->table_at(memory); }
+};
+
 class TableOnDevice {
  public:
   // Without a rule, kernels move a floor's traffic. May take as long as compiling a kernel does.
@@ -90,18 +110,22 @@ class TableOnDevice {
   // plan is stepped: there may be no room for the last one's.
   void ready(const Table& table);
 
-  // One step, in the order of the current stream: uploads what moved and launches.
-  void step(const Table& table, const DeviceNumbers& numbers);
+  // In the order of the current stream: uploads what moved since the last step.
+  Board upload(const Table& table, const DeviceNumbers& numbers);
 
-  // Records a step in the graph that is being captured, with an image of its own, which is given to
-  // `captured`. `variants` are the groups'.
-  void capture(const Table& table, const DeviceNumbers& numbers, const std::vector<int>& variants,
-               CapturedTables& captured);
+  // The same for a step that is being recorded in a graph, with an image of its own, which is given
+  // to `captured`. `variants` are the groups'.
+  Board capture(const Table& table, const DeviceNumbers& numbers, const std::vector<int>& variants,
+                CapturedTables& captured);
+
+  // A launch each, in the order of the current stream; a step is two where its scalars are computed
+  // on the device.
+  void norm(const Board& board, const Table& table, const NormNumbers& norm);
+  void accumulate(const Board& board, const Table& table, const Pass& pass);
+  void step(const Board& board, const Table& table, const DeviceNumbers& numbers);
+  void floor(const Board& board, const Table& table, const Pass& pass);
 
  private:
-  void launch(const cuda::Image& image, std::byte* memory, const Table& table,
-              const DeviceNumbers& numbers, cuda::Stream stream);
-
   cuda::Launcher& launcher_;
   c10::Device device_;
   const RuleInfo* rule_;

@@ -16,8 +16,11 @@ namespace fusedopt {
 class TrafficFloor {
  public:
   // Throws std::invalid_argument unless every row has the same number of contiguous tensors of equal
-  // size in bytes, a multiple of four, all on one device. `launcher` is None for the CPU driver.
-  TrafficFloor(const pybind11::list& rows, const pybind11::object& launcher);
+  // size in bytes, a multiple of four, all on one device. `launcher` is None for the CPU driver. With
+  // `measures` the gradients are read once before, in a pass of their own (on a device by the kernel
+  // that sums norms); with `zero_grads` they are written, too.
+  TrafficFloor(const pybind11::list& rows, const pybind11::object& launcher, bool measures,
+               bool zero_grads);
   void run();
 
  private:
@@ -25,6 +28,10 @@ class TrafficFloor {
   std::unique_ptr<TableOnDevice> on_device_;  // null: the CPU driver's
   pybind11::list keep_;
   Table table_;
+  bool measures_;
+  bool zero_grads_;
+  int64_t blocks_ = 0;  // of the gradients' norm
+  at::Tensor sums_;     // of these blocks, and a verdict, which nothing obeys
 };
 
 }  // namespace fusedopt

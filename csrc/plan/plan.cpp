@@ -1,24 +1,24 @@
 #include "plan/plan.h"
 
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <unordered_map>
 
-#include "cpu/driver.h"
-#include "plan/pool.h"
 #include "plan/tensors.h"
 
 namespace fusedopt {
 
 StepPlan::StepPlan(const std::string& rule, const py::list& param_groups, const py::dict& state,
                    const py::list& rows, const py::list& idle, const py::dict& launchers,
-                   std::shared_ptr<CapturedTables> captured)
+                   std::shared_ptr<CapturedTables> captured, std::shared_ptr<OnePass> onepass)
     : rule_(find_rule(rule)),
       reader_(rule_),
       launchers_(launchers),
       captured_(std::move(captured)),
+      onepass_(std::move(onepass)),
       host_keys_(plain_keys(at::kCPU)) {
   for (const py::handle group : param_groups) {
     Group& info = groups_.emplace_back();
@@ -51,6 +51,7 @@ StepPlan::StepPlan(const std::string& rule, const py::list& param_groups, const 
     if (launch.on_device == nullptr) launch.table.cut(kCpuChunkElements);
   }
 
+  if (onepass_ != nullptr) assign_blocks();
   state_dicts_.resize(rows_.size());
   // The order in which `refresh` will meet the rows when it walks the state.
   std::unordered_map<PyObject*, int> row_of;
@@ -88,22 +89,31 @@ void StepPlan::add_row(int group, const py::object& param, const py::dict& state
   const StateNames names = rule_.states(groups_[group].variant);
   std::vector<at::Tensor> arrays = {tensor, grad};
   const GroupValues& values = groups_[group].values;
-  bool device_scalars = (values.route_flags & (kCapturable | kFused)) != 0;
+  // Where a device's memory is the host's, the flags say whose count it is, as torch has it.
+  const bool counts_there = (values.route_flags & (kCapturable | kFused)) != 0 ||
+                            (onepass_ != nullptr && onepass_->may_skip());
+  bool device_scalars = counts_there;
   for (const at::Tensor& live : values.live) device_scalars = device_scalars || live.defined();
-  if (names.count > 0 || rule_.has_step) {
+  const bool accumulates = onepass_ != nullptr && onepass_->accumulates;
+  const bool averages = onepass_ != nullptr && onepass_->averages();
+  arrays.resize(kMaxArrays);
+  if (names.count > 0 || rule_.has_step || accumulates || averages) {
     const auto entry = py::reinterpret_borrow<py::dict>(state[param]);
-    for (int k = 0; k < names.count; ++k) {
-      const Local local_state = local_of(py::object(entry[names.names[k]]).ptr());
-      arrays.push_back(THPVariable_Unpack(local_state.tensor));
-      wrapping.state_specs[k] = py::reinterpret_borrow<py::object>(local_state.spec);
-    }
+    const auto add_state = [&](int role, const char* name) {
+      const Local local_state = local_of(py::object(entry[name]).ptr());
+      const at::Tensor& here = THPVariable_Unpack(local_state.tensor);
+      arrays[2 + role] = here;
+      wrapping.state_specs[role] = py::reinterpret_borrow<py::object>(local_state.spec);
+      host.state_types[role] = static_cast<int8_t>(here.scalar_type());
+      host.roles |= 1u << role;
+    };
+    for (int k = 0; k < names.count; ++k) add_state(k, names.names[k]);
+    if (accumulates) add_state(kAccumulator, kAccumulatorName);
+    if (averages) add_state(kAverage, kAverageName);
     host.schema = schema_for(entry, names);
-    host.roles = static_cast<uint8_t>((1u << names.count) - 1);
     if (rule_.has_step) {
       host.roles |= 1u << kStep;
       const at::Tensor& step = THPVariable_Unpack(py::object(entry["step"]).ptr());
-      // Where a device's memory is the host's, the flags say whose count it is, as torch has it.
-      const bool counts_there = (values.route_flags & (kCapturable | kFused)) != 0;
       host.step_on_device = launcher_for(tensor.device()) != nullptr &&
                             step.device() == tensor.device() && (!step.is_cpu() || counts_there);
       device_scalars = device_scalars || host.step_on_device;
@@ -123,14 +133,19 @@ void StepPlan::add_row(int group, const py::object& param, const py::dict& state
   host.ndim = static_cast<uint8_t>(tensor.dim());
   host.param_type = static_cast<int8_t>(tensor.scalar_type());
   host.grad_type = static_cast<int8_t>(grad.scalar_type());
-  host.state_type = static_cast<int8_t>(first_state.scalar_type());
   host.sizes = remember(tensor.sizes());
   host.param_strides = remember(tensor.strides());
   const auto strides_of = [&](const at::Tensor& array) {
     return array.strides() == tensor.strides() ? host.param_strides : remember(array.strides());
   };
   host.grad_strides = strides_of(grad);
-  for (int k = 0; k < names.count; ++k) host.state_strides[k] = strides_of(arrays[2 + k]);
+  for (int k = 0; k < kMaxRowStates; ++k) {
+    if (host.has(k)) host.state_strides[k] = strides_of(arrays[2 + k]);
+  }
+  if (onepass_ != nullptr) {
+    host.member = &onepass_->member(param.ptr());
+    host.member->fresh = host.fresh = host.fresh || host.member->fresh;
+  }
 
   Table& table = launches_[host.table].table;
   host.row = static_cast<int>(table.rows.size());
@@ -168,6 +183,8 @@ int StepPlan::table_for(StorageTuple storage, int variant, c10::Device device,
   }
   launch.table.storage = storage;
   launch.table.states = rule_.states(variant).count;
+  launch.table.accumulates = onepass_ != nullptr && onepass_->accumulates;
+  launch.table.averages = onepass_ != nullptr && onepass_->averages();
   launch.table.slot_size = rule_.slot_size(storage.param);
   return static_cast<int>(launches_.size()) - 1;
 }
@@ -180,6 +197,12 @@ int StepPlan::schema_for(const py::dict& state, const StateNames& names) {
     if (rule_.has_step && name.equal(py::str("step"))) role = kStep;
     for (int k = 0; k < names.count; ++k) {
       if (name.equal(py::str(names.names[k]))) role = k;
+    }
+    if (onepass_ != nullptr && onepass_->accumulates && name.equal(py::str(kAccumulatorName))) {
+      role = kAccumulator;
+    }
+    if (onepass_ != nullptr && onepass_->averages() && name.equal(py::str(kAverageName))) {
+      role = kAverage;
     }
     schema.push_back({name, role});
   }
@@ -205,109 +228,38 @@ bool StepPlan::on_device() const {
                      [](const Launch& launch) { return launch.has_device_scalars(); });
 }
 
-void StepPlan::check_capture(const Launch& launch) const {
-  for (const HostRow& host : rows_) {
-    if (&launches_[host.table] != &launch || !host.active) continue;
-    if (host.has(kStep) && !host.step_on_device) {
-      throw std::runtime_error(
-          "step() cannot be captured in a CUDA graph: capturable=False, and the step counts are on "
-          "the host; construct the optimizer with capturable=True");
+// Where the sums of the rows' norms go. A side is a device; on each, rows of one spec come together.
+void StepPlan::assign_blocks() {
+  for (HostRow& host : rows_) {
+    const Launch& launch = launches_[host.table];
+    const auto at = std::find_if(sides_.begin(), sides_.end(),
+                                 [&](const Side& side) { return side.device == launch.device; });
+    const auto index = at - sides_.begin();
+    if (at == sides_.end()) {
+      sides_.push_back({launch.device, launcher_for(launch.device), {}, {}, {}});
     }
-    if (host.fresh) {
-      throw std::runtime_error(
-          "step() cannot be captured in a CUDA graph: this would be a parameter's first step, and "
-          "every replay would start anew; take a step before capturing");
-    }
+    Side& side = sides_[index];
+    PyObject* spec = host.wrapping < 0 ? nullptr : wrappings_[host.wrapping].param_spec.ptr();
+    const auto same = [&](const py::object& known) { return same_placement(known.ptr(), spec); };
+    const auto found = std::find_if(side.specs.begin(), side.specs.end(), same);
+    host.segment = static_cast<int>(found - side.specs.begin());
+    if (found == side.specs.end()) side.specs.push_back(py::reinterpret_borrow<py::object>(spec));
   }
-}
-
-DeviceNumbers StepPlan::device_numbers(const Launch& launch, const AmpTensors& amp) const {
-  DeviceNumbers numbers;
-  for (const Group& group : groups_) {
-    numbers.hypers.push_back(device_hyper(group.values, launch.device, numbers.kept));
-  }
-  numbers.scaler = device_scaler(amp, launch.device, numbers.kept);
-  numbers.prepare.assign(launch.table.rows.size(), cuda::PrepareSlot{{}, 0, nullptr, 0, -1});
-  for (const HostRow& host : rows_) {
-    if (&launches_[host.table] != &launch || !host.active) continue;
-    cuda::PrepareSlot& slot = numbers.prepare[host.row];
-    slot.hyper = host.group;
-    slot.host_step = host.step;
-    slot.host_first = host.fresh ? 1 : 0;
-    if (host.step_on_device) slot.step = {host.step_at, host.step_is_double ? 1 : 0};
-    if (host.first.defined()) {
-      slot.first = host.first.mutable_data_ptr<int32_t>();
-      numbers.kept.push_back(host.first);
+  for (Side& side : sides_) {
+    int64_t blocks = 0;
+    for (size_t segment = 0; segment < side.specs.size(); ++segment) {
+      for (const HostRow& host : rows_) {
+        const Launch& launch = launches_[host.table];
+        if (launch.device != side.device || host.segment != static_cast<int>(segment)) continue;
+        Row& row = launches_[host.table].table.rows[host.row];
+        row.norm_block = blocks;
+        blocks += norm_blocks(row.numel);
+      }
+      side.ends.push_back(blocks);
     }
-  }
-  return numbers;
-}
-
-void StepPlan::launch(const AmpTensors& amp) {
-  std::vector<const Launch*> captures;
-  for (const Launch& launch : launches_) {
-    if (launch.on_device == nullptr) continue;
-    if (!launch.on_device->capturing()) {
-      launch.on_device->ready(launch.table);
-      continue;
-    }
-    check_capture(launch);
-    captures.push_back(&launch);
-  }
-  const Tier& tier = current_tier();
-  std::vector<Work> work;
-  for (const Launch& launch : launches_) {
-    if (launch.on_device == nullptr) {
-      const int storage = storage_index(launch.table.storage);
-      work.push_back({&launch.table, tier.kernel(rule_.index, launch.variant, storage)});
-      continue;
-    }
-    DeviceNumbers numbers;
-    const bool captured = std::find(captures.begin(), captures.end(), &launch) != captures.end();
-    if (captured || launch.has_device_scalars()) numbers = device_numbers(launch, amp);
-    if (!captured) {
-      launch.on_device->step(launch.table, numbers);
-      continue;
-    }
-    Table table = launch.table;  // with a slot a row, whatever the plan's own has
-    std::vector<int> variants;
-    for (const Group& group : groups_) variants.push_back(group.variant);
-    for (size_t r = 0; r < table.rows.size(); ++r) table.rows[r].slot = static_cast<int32_t>(r);
-    launch.on_device->capture(table, numbers, variants, *captured_);
-  }
-  const py::gil_scoped_release no_gil;
-  for_blocks(rows_.size(), [this](size_t begin, size_t end) { commit(begin, end); });
-  if (!work.empty()) run_tables(work, run_on_torch_pool);
-}
-
-void StepPlan::commit(size_t begin, size_t end) {
-  // A version counter is bumped by a locked instruction, which waits for its cache miss and holds up
-  // all that follow. Plain reads first: their misses overlap.
-  for (size_t r = begin; r < end; ++r) {
-    const HostRow& host = rows_[r];
-    if (!host.active) continue;
-    host.impl->version_counter().current_version();
-    for (int k = 0; k <= kMaxStates; ++k) {
-      if (host.has(k)) host.states[k]->version_counter().current_version();
-    }
-  }
-  for (size_t r = begin; r < end; ++r) {
-    HostRow& host = rows_[r];
-    if (!host.active) continue;
-    host.fresh = false;
-    // Of a DTensor torch bumps the outside alone: a view made by to_local() outlives a step.
-    const Wrapping* wrapping = host.wrapping < 0 ? nullptr : &wrappings_[host.wrapping];
-    (wrapping != nullptr ? wrapping->param : host.impl)->bump_version();
-    for (int k = 0; k <= kMaxStates; ++k) {
-      if (!host.has(k)) continue;
-      const bool wrapped = wrapping != nullptr && k != kStep;
-      (wrapped ? wrapping->states[k] : host.states[k])->bump_version();
-    }
-    if (!host.has(kStep) || host.step_on_device) continue;
-    if (host.step_is_double) {
-      *static_cast<double*>(host.step_at) = host.step;
-    } else {
-      *static_cast<float*>(host.step_at) = static_cast<float>(host.step);
+    if (onepass_->measures || onepass_->check) {
+      const auto bytes = blocks * static_cast<int64_t>(sizeof(NormSums));
+      side.blocks = at::zeros({bytes}, at::TensorOptions(at::kByte).device(side.device));
     }
   }
 }

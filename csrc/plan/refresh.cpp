@@ -68,7 +68,9 @@ inline bool StepPlan::fits(const c10::TensorImpl& tensor, int8_t type, const Hos
   return true;
 }
 
-std::optional<std::string> StepPlan::refresh(const py::list& param_groups, const py::dict& state) {
+std::optional<std::string> StepPlan::refresh(const py::list& param_groups, const py::dict& state,
+                                             Purpose purpose) {
+  purpose_ = purpose;
   const char* reason = refresh_groups(param_groups);
   if (reason == nullptr) reason = refresh_entries(state.ptr());
   for (Wrapping& wrapping : wrappings_) {
@@ -172,7 +174,7 @@ const char* StepPlan::refresh_rows(size_t begin, size_t end) {
     if (!PyDict_Check(state_dicts_[r])) return kStateChanged;
     prefetch<128>(reinterpret_cast<PyDictObject*>(state_dicts_[r])->ma_keys);
   }
-  PyObject* objects[kRowBlock][kMaxStates + 1];
+  PyObject* objects[kRowBlock][kRoles];
   for (size_t r = begin; r < end; ++r) {
     HostRow& host = rows_[r];
     if (host.wrapping < 0) host.impl = THPVariable_Unpack(host.param.ptr()).unsafeGetTensorImpl();
@@ -184,7 +186,7 @@ const char* StepPlan::refresh_rows(size_t begin, size_t end) {
   }
   for (size_t r = begin; r < end; ++r) {
     HostRow& host = rows_[r];
-    for (int k = 0; k <= kMaxStates; ++k) {
+    for (int k = 0; k < kRoles; ++k) {
       if (!host.has(k)) continue;
       PyObject* object = objects[r - begin][k];
       if (host.wrapping >= 0 && k != kStep) object = unwrapped_state(host, k, object);
@@ -199,7 +201,7 @@ const char* StepPlan::refresh_rows(size_t begin, size_t end) {
   for (size_t r = begin; r < end; ++r) {
     HostRow& host = rows_[r];
     prefetch_storage(*host.impl);
-    for (int k = 0; k <= kMaxStates; ++k) {
+    for (int k = 0; k < kRoles; ++k) {
       if (host.has(k)) prefetch_storage(*host.states[k]);
     }
     if (host.wrapping < 0) {
@@ -235,30 +237,42 @@ bool StepPlan::find_state_tensors(const Schema& schema, PyObject* state, PyObjec
 
 const char* StepPlan::refresh_row(HostRow& host) {
   Row& row = launches_[host.table].table.rows[host.row];
-  host.active = host.grad != nullptr;
-  row.grad = nullptr;
+  const bool takes_window = closes(purpose_) && host.member->taken;
+  if (purpose_ == Purpose::kFlush && host.grad != nullptr) {
+    const bool seen = host.grad == host.member->zeroed &&
+                      host.grad->version_counter().current_version() == host.member->zeroed_version;
+    if (!seen) return kUnseenGradient;
+    host.grad = nullptr;
+  }
+  host.active = host.grad != nullptr || takes_window;
+  row.grad = row.state[kAccumulator] = nullptr;
   if (!host.active) return nullptr;
   if (!fits(*host.impl, host.param_type, host, host.param_strides)) {
     return "a parameter has another dtype or layout";
   }
-  if (!fits(*host.grad, host.grad_type, host, host.grad_strides)) {
+  if (host.grad != nullptr && !fits(*host.grad, host.grad_type, host, host.grad_strides)) {
     return "a gradient has another dtype or layout";
   }
   bool copy_on_write = row.numel > 0 && is_copy_on_write(*host.impl);
-  const int states = launches_[host.table].table.states;
-  for (int k = 0; k < states; ++k) {
+  for (int k = 0; k < kMaxRowStates; ++k) {
+    if (!host.has(k)) continue;
     const c10::TensorImpl& state = *host.states[k];
-    if (!fits(state, host.state_type, host, host.state_strides[k])) {
+    if (!fits(state, host.state_types[k], host, host.state_strides[k])) {
       return "a state was replaced by one of another dtype or layout";
     }
     copy_on_write = copy_on_write || is_copy_on_write(state);
-    row.state[k] = address(state);
+    if (k != kAccumulator || takes_window || purpose_ == Purpose::kAccumulate) {
+      row.state[k] = address(state);
+    }
   }
   if (row.numel > 0) {
     row.param = address(*host.impl);
-    row.grad = address(*host.grad);
+    if (host.grad != nullptr) row.grad = address(*host.grad);
     if (row.param == nullptr) return "a parameter's storage is empty";
     if (row.param == row.grad) return "a gradient is its parameter's own memory";
+    if (host.grad != nullptr && onepass_ != nullptr && onepass_->zero_grads) {
+      copy_on_write = copy_on_write || is_copy_on_write(*host.grad);
+    }
   }
   if (host.has(kStep)) {
     const c10::TensorImpl& step = *host.states[kStep];
@@ -284,11 +298,14 @@ const char* StepPlan::refresh_row(HostRow& host) {
 void StepPlan::materialize(HostRow& host) {
   Row& row = launches_[host.table].table.rows[host.row];
   row.param = host.impl->mutable_data();
-  row.grad = host.grad->data();  // may have shared the parameter's memory until now
-  for (int k = 0; k < launches_[host.table].table.states; ++k) {
-    row.state[k] = host.states[k]->mutable_data();
+  if (host.grad != nullptr) {  // it may have shared the parameter's memory until now
+    const bool writes = onepass_ != nullptr && onepass_->zero_grads;
+    row.grad = writes ? host.grad->mutable_data() : const_cast<void*>(host.grad->data());
   }
-  if (rule_.has_step) host.step_at = host.states[kStep]->mutable_data();
+  for (int k = 0; k < kMaxRowStates; ++k) {
+    if (row.state[k] != nullptr) row.state[k] = host.states[k]->mutable_data();
+  }
+  if (host.has(kStep)) host.step_at = host.states[kStep]->mutable_data();
 }
 
 void StepPlan::assign_slots() {

@@ -120,6 +120,7 @@ std::optional<Layout> strided_layout(const std::vector<at::Tensor>& arrays) {
   const at::Tensor& param = arrays[0];
   bool linear = param.is_non_overlapping_and_dense();
   for (const at::Tensor& array : arrays) {
+    if (!array.defined()) continue;
     linear = linear && same_layout(param.sizes(), param.strides(), array.strides());
   }
   if (linear) return std::nullopt;
@@ -129,7 +130,8 @@ std::optional<Layout> strided_layout(const std::vector<at::Tensor>& arrays) {
   Layout layout;
   const auto joins = [&](int64_t outer, int64_t inner) {
     return std::all_of(arrays.begin(), arrays.end(), [&](const at::Tensor& array) {
-      return array.stride(outer) == array.stride(inner) * array.size(inner);
+      return !array.defined() ||
+             array.stride(outer) == array.stride(inner) * array.size(inner);
     });
   };
   const int64_t unit = components(param);
@@ -138,12 +140,12 @@ std::optional<Layout> strided_layout(const std::vector<at::Tensor>& arrays) {
     if (previous >= 0 && joins(previous, d)) {
       layout.sizes.back() *= param.size(d);
       for (size_t a = 0; a < arrays.size(); ++a) {
-        layout.strides[a].back() = arrays[a].stride(d) * unit;
+        if (arrays[a].defined()) layout.strides[a].back() = arrays[a].stride(d) * unit;
       }
     } else {
       layout.sizes.push_back(param.size(d));
       for (size_t a = 0; a < arrays.size(); ++a) {
-        layout.strides[a].push_back(arrays[a].stride(d) * unit);
+        layout.strides[a].push_back(arrays[a].defined() ? arrays[a].stride(d) * unit : 0);
       }
     }
     previous = d;

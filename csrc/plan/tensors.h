@@ -24,14 +24,14 @@ c10::DispatchKeySet plain_keys(c10::DeviceType device);
 // The same memory order, index for index (strides of dimensions of length 1 mean nothing).
 bool same_layout(c10::IntArrayRef sizes, c10::IntArrayRef a, c10::IntArrayRef b);
 
-// Why kernels for the parameter's device cannot update this parameter from this gradient (undefined: any gradient), in
-// words that end the sentence "it is stepped by torch.optim because". Empty when they can.
+// Why kernels for the parameter's device cannot update this parameter from this gradient (undefined:
+// any gradient), in words that end the sentence "it is stepped by torch.optim because". Empty when they can.
 std::string why_not_fused(const at::Tensor& param, const at::Tensor& grad);
 
 // Why a state tensor does not fit its parameter; empty when it does.
 std::string why_state_unfit(const at::Tensor& param, const at::Tensor& state);
 
-// The walk for arrays [param, grad, states...] that do not all run through memory in one order; none
+// The walk for arrays [param, grad, states...], undefined where a row has none, that do not all run through memory in one order; none
 // when they do, the parameter without gaps.
 std::optional<Layout> strided_layout(const std::vector<at::Tensor>& arrays);
 

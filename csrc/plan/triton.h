@@ -8,7 +8,7 @@
 namespace fusedopt {
 
 // Gives a launch's numbers and addresses to `kernels`, an object with the methods multiprocessors,
-// load, update, prepare and floor. Called with the GIL held; what they raise passes through.
+// load, update, prepare, norm, accumulate and floor. Called with the GIL held; what they raise passes through.
 class TritonLauncher final : public cuda::GpuLauncher {
  public:
   explicit TritonLauncher(pybind11::object kernels) : kernels_(std::move(kernels)) {}
@@ -16,11 +16,18 @@ class TritonLauncher final : public cuda::GpuLauncher {
   int multiprocessors() override;
   cuda::Status load(const StorageTuple& storage, int rule, int variant) override;
   cuda::Status update(const StorageTuple& storage, int rule, int variant,
-                      const cuda::DeviceTable& table, const cuda::Scaler& scaler,
+                      const cuda::DeviceTable& table, const cuda::Scaler& scaler, const Pass& pass,
                       cuda::Stream stream) override;
   cuda::Status prepare(int rule, bool in_double, const cuda::PrepareTable& table,
-                       const cuda::Scaler& scaler, cuda::Stream stream) override;
-  cuda::Status floor(int states, const cuda::DeviceTable& table, cuda::Stream stream) override;
+                       const cuda::Scaler& scaler, const Verdict* verdict,
+                       cuda::Stream stream) override;
+  cuda::Status norm(const StorageTuple& storage, const cuda::DeviceTable& table,
+                    const cuda::Measure& measure, const Question& question,
+                    cuda::Stream stream) override;
+  cuda::Status accumulate(const StorageTuple& storage, const cuda::DeviceTable& table,
+                          const Pass& pass, cuda::Stream stream) override;
+  cuda::Status floor(int states, const cuda::DeviceTable& table, const Pass& pass,
+                     cuda::Stream stream) override;
 
  private:
   pybind11::object kernels_;

@@ -7,56 +7,16 @@
 #include <functional>
 #include <vector>
 
-#include "core/floor.h"
-#include "cuda/body.h"
+#include "bodies.h"
 #include "cuda/launcher.h"
-#include "cuda/prepare.h"
 
 namespace {
 
 using namespace fusedopt;
 using namespace fusedopt::cuda;
-
-using RunChunk = void (*)(const DeviceTable& table, const Scaler& scaler, int64_t chunk, int thread,
-                          int threads);
-using RunSlot = void (*)(const PrepareTable& table, const Scaler& scaler, int64_t slot);
+using namespace fusedopt::testing;
 
 constexpr int kHostThreads = 3;  // an odd number of steps in every loop over a chunk
-
-template <class Rule, int kVariant = 0>
-RunChunk body_of_variant(int variant, int storage) {
-  if constexpr (kVariant < Rule::kVariants) {
-    if (variant != kVariant) return body_of_variant<Rule, kVariant + 1>(variant, storage);
-    constexpr RunChunk kBodies[] = {
-#define BODY(P, G, S)                                                        \
-  Body<Rule, kVariant, StorageOf<DType::P>::Type, StorageOf<DType::G>::Type, \
-       StorageOf<DType::S>::Type>::run,
-        FUSEDOPT_FOR_EACH_STORAGE(BODY)
-#undef BODY
-    };
-    return kBodies[storage];
-  } else {
-    return nullptr;
-  }
-}
-
-RunChunk body_of(int rule, int variant, int storage) {
-  int index = 0;
-#define FIND(name, Rule) \
-  if (rule == index++) return body_of_variant<Rule>(variant, storage);
-  FUSEDOPT_FOR_EACH_RULE(FIND)
-#undef FIND
-  return nullptr;
-}
-
-RunSlot prepare_of(int rule, bool in_double) {
-  int index = 0;
-#define FIND(name, Rule) \
-  if (rule == index++) return in_double ? prepare_slot<Rule, double> : prepare_slot<Rule, float>;
-  FUSEDOPT_FOR_EACH_RULE(FIND)
-#undef FIND
-  return nullptr;
-}
 
 struct Graph {
   std::vector<std::function<void()>> launches;
@@ -70,25 +30,45 @@ class Rehearsal final : public Launcher {
   Status load(const StorageTuple&, int, int) override { return nullptr; }
 
   Status update(const StorageTuple& storage, int rule, int variant, const DeviceTable& table,
-                const Scaler& scaler, Stream) override {
+                const Scaler& scaler, const Pass& pass, Stream) override {
     ++updates;
-    return over_chunks(body_of(rule, variant, storage_index(storage)), table, scaler);
+    return over_chunks(update_of(rule, variant, storage_index(storage)), table, scaler, pass);
   }
 
   Status prepare(int rule, bool in_double, const PrepareTable& table, const Scaler& scaler,
-                 Stream) override {
+                 const Verdict* verdict, Stream) override {
     ++prepares;
     const RunSlot run = prepare_of(rule, in_double);
     return launch([=] {
-      for (int64_t slot = 0; slot < table.slot_count; ++slot) run(table, scaler, slot);
+      for (int64_t slot = 0; slot < table.slot_count; ++slot) run(table, scaler, verdict, slot);
     });
   }
 
-  Status floor(int states, const DeviceTable& table, Stream) override {
-    const RunChunk floors[] = {
-        Body<Floor<0>, 0, float, float, float>::run, Body<Floor<1>, 0, float, float, float>::run,
-        Body<Floor<2>, 0, float, float, float>::run, Body<Floor<3>, 0, float, float, float>::run};
-    return over_chunks(floors[states], table, {});
+  Status norm(const StorageTuple& storage, const DeviceTable& table, const Measure& measure,
+              const Question& question, Stream) override {
+    ++norms;
+    const RunNorm run = norm_of(storage.grad, storage.param);
+    return launch([=] {
+      for (int64_t chunk = 0; chunk < table.chunk_count; ++chunk) {
+        run(table, question, measure, chunk);
+      }
+      finish_norm(question, measure);
+    });
+  }
+
+  Status accumulate(const StorageTuple& storage, const DeviceTable& table, const Pass& pass,
+                    Stream) override {
+    ++accumulates;
+    const RunAccumulate run = accumulate_of(storage.grad, storage.param);
+    return launch([=] {
+      for (int64_t chunk = 0; chunk < table.chunk_count; ++chunk) {
+        for (int t = 0; t < kHostThreads; ++t) run(table, pass, chunk, t, kHostThreads);
+      }
+    });
+  }
+
+  Status floor(int states, const DeviceTable& table, const Pass& pass, Stream) override {
+    return over_chunks(floor_of(states), table, {}, pass);
   }
 
   bool capturing(Stream) override { return captured != nullptr; }
@@ -112,6 +92,8 @@ class Rehearsal final : public Launcher {
   Graph* captured = nullptr;
   int64_t updates = 0;
   int64_t prepares = 0;
+  int64_t norms = 0;
+  int64_t accumulates = 0;
   int64_t placed = 0;
   Status failure = nullptr;  // of the next launch
 
@@ -128,11 +110,11 @@ class Rehearsal final : public Launcher {
     return nullptr;
   }
 
-  Status over_chunks(RunChunk body, const DeviceTable& table, const Scaler& scaler) {
+  Status over_chunks(RunChunk body, const DeviceTable& table, const Scaler& scaler,
+                     const Pass& pass) {
     return launch([=] {
-      if (scaler.found_inf != nullptr && *scaler.found_inf != 0.0f) return;
       for (int64_t chunk = 0; chunk < table.chunk_count; ++chunk) {
-        for (int t = 0; t < kHostThreads; ++t) body(table, scaler, chunk, t, kHostThreads);
+        for (int t = 0; t < kHostThreads; ++t) body(table, scaler, pass, chunk, t, kHostThreads);
       }
     });
   }
@@ -146,8 +128,11 @@ extern "C" {
 __attribute__((visibility("default"))) void* rehearsal_launcher() {
   return static_cast<Launcher*>(&rehearsal);
 }
+// Launches so far: updates, prepares, norms, accumulations; then captured tables that there are.
 __attribute__((visibility("default"))) int64_t rehearsal_count(int what) {
-  return what == 0 ? rehearsal.updates : what == 1 ? rehearsal.prepares : rehearsal.placed;
+  const int64_t counts[] = {rehearsal.updates, rehearsal.prepares, rehearsal.norms,
+                            rehearsal.accumulates, rehearsal.placed};
+  return counts[what];
 }
 __attribute__((visibility("default"))) void rehearsal_fail(const char* status) {
   rehearsal.failure = status;

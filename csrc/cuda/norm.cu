@@ -1,0 +1,120 @@
+#include "cuda/norm.h"
+
+#include "cuda/kernels.h"
+
+namespace fusedopt::cuda {
+
+namespace {
+
+// Halves the classes of a block over lanes and then within one, in the order of `fold`.
+template <class Body>
+__device__ double fold_lanes(double (&sums)[Body::kSums]) {
+  FUSEDOPT_UNROLL
+  for (int half = Body::kSums / 2; half >= Body::kWidth; half /= 2) {
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  FUSEDOPT_UNROLL
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < Body::kWidth; ++i) sums[i] += __shfl_down_sync(~0u, sums[i], half);
+  }
+  FUSEDOPT_UNROLL
+  for (int half = Body::kWidth / 2; half > 0; half /= 2) {
+    FUSEDOPT_UNROLL
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
+}
+
+__device__ double fold_block(double sum, double* shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  shared[thread] = sum;
+  for (int half = kNormClasses / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) shared[thread] += shared[thread + half];
+  }
+  __syncthreads();
+  const double all = shared[0];
+  __syncthreads();
+  return all;
+}
+
+static_assert(kThreads == kNormClasses, "a thread a class where the blocks are summed up");
+
+// By one block of threads: the sums of all blocks of the norm, and what follows from them.
+__device__ void finish_norm(const Measure& measure, const Question& question) {
+  __shared__ double shared[kNormClasses];
+  double with = 0.0;
+  double without = 0.0;
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < measure.block_count; i += kNormClasses) {
+    // Other blocks of threads wrote them: not from a cache that may have older ones.
+    with += __ldcg(&measure.blocks[i].with);
+    without += __ldcg(&measure.blocks[i].without);
+  }
+  const NormSums sums{fold_block(with, shared), fold_block(without, shared)};
+  if (threadIdx.x != 0) return;
+  if (measure.total != nullptr) *measure.total = sums;
+  if (measure.decides != 0) decide(question, sums, *measure.verdict);
+}
+
+// The grid of the updates; see update.cuh. The last block of threads to end sums up what all wrote.
+template <class G, class T>
+__global__ void __launch_bounds__(kThreads, 2) gradient_norm(DeviceTable table, Measure measure,
+                                                             Question question) {
+  using Body = NormBody<G, T>;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const T in = T(weight_in(question));
+  for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
+    const DeviceChunk piece = table.chunks[chunk];
+    const DeviceRow& row = table.rows[piece.row];
+    const int begin = static_cast<int>(threadIdx.x) / kLanes * static_cast<int>(kNormBlock);
+    constexpr int kStep = kThreads / kLanes * static_cast<int>(kNormBlock);
+    for (int done = begin; done < piece.count; done += kStep) {
+      const int count = min(piece.count - done, static_cast<int>(kNormBlock));
+      typename Body::Lane sums;
+      Body::sum(table, row, piece.begin + done, count, in, lane, sums);
+      const NormSums block{fold_lanes<Body>(sums.with), fold_lanes<Body>(sums.without)};
+      if (lane == 0) measure.blocks[row.norm_block + (piece.begin + done) / kNormBlock] = block;
+    }
+  }
+  if (measure.last == 0) return;
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(&measure.verdict->ticket, 1) == static_cast<int>(gridDim.x) - 1;
+    if (last) measure.verdict->ticket = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  if (last) finish_norm(measure, question);
+}
+
+template <class G, class T>
+__global__ void __launch_bounds__(kThreads, 2) gradient_accumulate(DeviceTable table, Pass pass) {
+  for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
+    AccumulateBody<G, T>::run(table, pass, chunk, static_cast<int>(threadIdx.x), kThreads);
+  }
+}
+
+}  // namespace
+
+const void* find_norm_kernel(DType grad, DType compute) {
+  if (grad == DType::kBF16) return reinterpret_cast<const void*>(&gradient_norm<BF16, float>);
+  if (grad == DType::kF16) return reinterpret_cast<const void*>(&gradient_norm<F16, float>);
+  if (compute == DType::kF64) return reinterpret_cast<const void*>(&gradient_norm<double, double>);
+  return reinterpret_cast<const void*>(&gradient_norm<float, float>);
+}
+
+const void* find_accumulate_kernel(DType grad, DType compute) {
+  if (grad == DType::kBF16) return reinterpret_cast<const void*>(&gradient_accumulate<BF16, float>);
+  if (grad == DType::kF16) return reinterpret_cast<const void*>(&gradient_accumulate<F16, float>);
+  if (compute == DType::kF64) {
+    return reinterpret_cast<const void*>(&gradient_accumulate<double, double>);
+  }
+  return reinterpret_cast<const void*>(&gradient_accumulate<float, float>);
+}
+
+}  // namespace fusedopt::cuda
