@@ -5,7 +5,8 @@
     python bench/gpu_check.py DIR
 
 builds the extension for this GPU's architecture, runs the tests that need a GPU, times the step
-beside torch's own and beside a kernel of the same traffic, compares every rule with the CPU backend
+beside torch's own and beside a kernel of the same traffic, alone and with the passes that torch
+needs around it, compares every rule with the CPU backend
 bit by bit, and runs compute-sanitizer. It needs torch, nvcc and what the tests need (pytest, numpy,
 rich), and fetches nothing. DIR/gpu_check.json is written after every part; a part that fails or
 cannot run is named and does not stop the others. The tables come last.
@@ -40,8 +41,8 @@ FILE = "gpu_check.json"
 Part = dict[str, Any]
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 # Seconds a part may take; all of them together are held to --minutes.
-LIMITS = {"build": 300, "tests": 220, "figures": 200, "graphs": 60, "bits": 100, "sanitizer": 90,
-          "more than 2^31 elements": 60}  # fmt: skip
+LIMITS = {"build": 300, "tests": 220, "figures": 200, "pipeline": 60, "graphs": 60, "bits": 100,
+          "sanitizer": 90, "more than 2^31 elements": 60}  # fmt: skip
 
 
 class NotRunError(Exception):
@@ -320,6 +321,7 @@ def show(result: dict[str, Any]) -> None:
                 table.add_row(*(row[word] for word in words), name,
                               *(f"{seen[key]:.1f}" for key in told))  # fmt: skip
         console.print(table)
+    show_pipeline(console, result)
     table = columns("promises", ("promise", "wanted"), ("measured", ""))
     for what, measured, bound, wanted in promises(result):
         if measured is None:
@@ -336,6 +338,35 @@ def show(result: dict[str, Any]) -> None:
         )
         last = (said.strip().splitlines() or [""])[-1]
         table.add_row(name, part["status"], f"{part['seconds']:.0f}", last[:70])
+    console.print(table)
+
+
+def show_pipeline(console: Console, result: dict[str, Any]) -> None:
+    """Prints the pipeline job's tables."""
+    rows = result["parts"].get("pipeline", {}).get("rows", [])
+    if not rows:
+        return
+    words = ("workload", "chain")
+    stages = list(dict.fromkeys(name for row in rows for name in row["stage_ms"]))
+    entrants = ("torch", "fusedopt", "floor")
+    ratios = ("torch_over_fusedopt", "fusedopt_over_floor")
+    heads = [*stages, *entrants, "torch / fusedopt", "fusedopt / floor"]
+    table = columns("AdamW and what is around it: wall milliseconds, medians", words, heads)
+    for row in rows:
+        times = [f"{row['stage_ms'][n]['median']:.3f}" if n in row["stage_ms"] else "-"
+                 for n in stages]  # fmt: skip
+        times += [f"{row['chain_ms'][name]['median']:.3f}" for name in entrants]
+        times += [f"{row['ratios'][name]['median']:.2f}" for name in ratios]
+        table.add_row(*(row[word] for word in words), *times)
+    console.print(table)
+    if result["rehearsal"]:
+        return
+    told = ("kernels", "copies", "device_us", "host_us")
+    table = columns("one of them on the device", (*words, "by"), told)
+    for row in rows:
+        for name, seen in row["device"].items():
+            table.add_row(*(row[word] for word in words), name,
+                          *(f"{seen[key]:.1f}" for key in told))  # fmt: skip
     console.print(table)
 
 
@@ -361,6 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
         suites = ["tests/test_device.py", "tests/test_cuda.py"]
         check.part("tests", lambda limit: check.tests(limit, *suites, *chosen))
         check.part("figures", lambda limit: check.module("figures", limit))
+        check.part("pipeline", lambda limit: check.module("pipeline", limit))
         check.part("graphs", check.graphs)
         check.part("bits", check.bits)
         for tool in SANITIZERS:

@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ import torch
 import fusedopt
 from fusedopt._extension import _C
 
-from . import optimizers, step
+from . import optimizers, pipeline, step
 from .providers import PROVIDERS, Contestant, OptimizerProvider
-from .timing import time_once
+from .timing import Step, time_once
 from .workloads import WORKLOADS
 
 Result = dict[str, Any]
@@ -41,6 +41,16 @@ FIGURES = (
     ("huge", "Adam", "float32"),
     ("many", "AdamW", "float32"),
 )
+# (workload, chain) of the pipeline job, likewise.
+CHAINS = (
+    ("hundred", "clip"),
+    ("gpt2", "clip"),
+    ("gpt2", "ema"),
+    ("many", "clip"),
+    ("gpt2", "clip-none"),
+    ("swarm", "clip"),
+    ("one", "ema"),
+)
 ROUNDS = 20
 SECONDS = 1.5  # that a step may take over all rounds before it sits some out
 
@@ -48,9 +58,18 @@ SECONDS = 1.5  # that a step may take over all rounds before it sits some out
 # ---- how long a step takes -----------------------------------------------------------------------
 
 
-def profile(step: Callable[[], object], repeats: int = 5) -> Result:
-    """What one step does on the device: kernels, copies, and their microseconds."""
+def nothing() -> None:
+    """What a step needs before it that leaves its gradients alone."""
+
+
+def profile(step: Step, repeats: int = 5, before: Step = nothing) -> Result:
+    """What one step does on the device: kernels, copies, and their microseconds.
+
+    With `before`, which is not to be seen, there can be but one repeat.
+    """
+    before()
     step()
+    before()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
@@ -66,16 +85,17 @@ def profile(step: Callable[[], object], repeats: int = 5) -> Result:
     }
 
 
-def host_microseconds(step: Callable[[], object], repeats: int = 20) -> float:
+def host_microseconds(step: Step, repeats: int = 20, before: Step = nothing) -> float:
     """Median time until a step's call returns, with an idle device before it."""
     times = []
     for _ in range(repeats):
+        before()
         torch.cuda.synchronize()
         times.append(_clock(step))
     return statistics.median(times) * 1e6
 
 
-def _clock(step: Callable[[], object]) -> float:
+def _clock(step: Step) -> float:
     from timeit import default_timer  # torch.utils.benchmark's waits for the device
 
     start = default_timer()
@@ -103,6 +123,29 @@ def figures(device: str, rehearse: bool) -> Iterator[Result]:
                       lambda label: None, inspect)  # fmt: skip
         yield {**row.to_json(), "device": seen}
         if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def chains(device: str, rehearse: bool) -> Iterator[Result]:
+    """Times of the step and what is around it, as torch's chain and as one call."""
+    for workload, chain in CHAINS:
+        if rehearse and workload != "one":
+            continue
+        row = pipeline.Row(pipeline.Task(workload, chain, "AdamW", device))
+        seen: dict[str, Result] = {}
+
+        def inspect(name: str, entrant: pipeline.Entrant, seen: dict[str, Result] = seen) -> None:
+            if device == "cuda":
+                host = host_microseconds(entrant.call, before=entrant.restore)
+                told = profile(entrant.call, 1, entrant.restore)
+                seen[name] = {**told, "host_us": host}
+
+        master = pipeline.scaled_gradients(row.task)
+        pipeline.race_row(row, master, 2 if rehearse else ROUNDS, SECONDS, lambda label: None,
+                          inspect)  # fmt: skip
+        yield {**row.to_json(), "device": seen}
+        if device == "cuda":
+            del master
             torch.cuda.empty_cache()
 
 
@@ -197,6 +240,10 @@ def bits(device: str, rehearse: bool) -> Iterator[Result]:
 # ---- what compute-sanitizer watches --------------------------------------------------------------
 
 
+IN_THE_STEP = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9, "zero_grads": True,
+               "accumulation_steps": 2}  # fmt: skip
+
+
 def drive(device: str, rehearse: bool) -> Iterator[Result]:
     """A short run of every kernel's paths: heads, tails, strides, skips, scalars on the device."""
     for name in optimizers.names():
@@ -222,10 +269,21 @@ def drive(device: str, rehearse: bool) -> Iterator[Result]:
                         param.grad = torch.randn_like(param)
                     made.step()
                     made.step()
+                made = getattr(fusedopt, name)(params, **IN_THE_STEP, **kwargs)
+                for _ in range(4):  # two windows
+                    for param in params:
+                        param.grad = torch.randn_like(param)
+                    made.step()
         yield {"optimizer": name}
 
 
-PARTS = {"figures": figures, "graphs": graphs, "bits": bits, "drive": drive}
+PARTS = {
+    "figures": figures,
+    "pipeline": chains,
+    "graphs": graphs,
+    "bits": bits,
+    "drive": drive,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

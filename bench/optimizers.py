@@ -7,6 +7,7 @@ The list is read from fusedopt itself, so a new optimizer joins the benchmark wi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def settings(name: str) -> Settings:
     return SETTINGS.get(name, Settings())
 
 
+@cache
 def count_states(name: str) -> int:
     """Number of states of a parameter's size that `name` keeps, found by taking one step."""
     parameter = torch.nn.Parameter(torch.ones(3))

@@ -1,5 +1,6 @@
 """Types of the compiled extension; csrc/bindings.cpp defines it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -7,6 +8,33 @@ from torch import Tensor
 class CapturedTables:
     def __init__(self) -> None: ...
     def refresh(self, rule: str, param_groups: list[dict[str, Any]]) -> int: ...
+
+UNSEEN_GRADIENT: str
+
+class Purpose:
+    UPDATE: Purpose
+    ACCUMULATE: Purpose
+    CLOSE: Purpose
+    FLUSH: Purpose
+
+class OnePass:
+    def __init__(self) -> None: ...
+    max_norm: float
+    measures: bool
+    check: bool
+    ema_decay: float
+    zero_grads: bool
+    accumulates: bool
+    mean: bool
+    window_weight: float
+    @property
+    def may_skip(self) -> bool: ...
+    @property
+    def verdicts(self) -> list[Tensor]: ...
+    def taken(self, param: Tensor) -> bool: ...
+    def fresh(self, param: Tensor) -> bool: ...
+    def remember(self, param: Tensor, taken: bool, fresh: bool) -> None: ...
+    def forget(self) -> None: ...
 
 class StepPlan:
     def __init__(
@@ -18,17 +46,35 @@ class StepPlan:
         idle: list[Tensor],
         launchers: dict[str, object],
         captured: CapturedTables,
+        onepass: OnePass | None,
     ) -> None: ...
     def refresh(
-        self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        purpose: Purpose = ...,
     ) -> str | None: ...
+    def launch_onepass(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        weight: float,
+        live_weight: Tensor | None,
+        reduce: Callable[[list[Any], Tensor], None],
+    ) -> bool: ...
     def launch(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None: ...
     @property
     def on_device(self) -> bool: ...
     def describe(self) -> list[dict[str, Any]]: ...
 
 class TrafficFloor:
-    def __init__(self, rows: list[list[Tensor]], launcher: object | None = None) -> None: ...
+    def __init__(
+        self,
+        rows: list[list[Tensor]],
+        launcher: object | None = None,
+        measures: bool = False,
+        zero_grads: bool = False,
+    ) -> None: ...
     def run(self) -> None: ...
 
 def rules() -> dict[str, dict[str, Any]]: ...

@@ -11,6 +11,7 @@ from fusedopt.adam import Adam
 from fusedopt.adamw import AdamW
 from fusedopt.backends import cpu_tier, cpu_tiers
 from fusedopt.grad_scaler import GradScaler
+from fusedopt.in_backward import step_in_backward
 from fusedopt.ranks import accumulating
 from fusedopt.rmsprop import RMSprop
 from fusedopt.routing import Route
@@ -30,4 +31,5 @@ __all__ = [
     "cpu_tier",
     "cpu_tiers",
     "functional",
+    "step_in_backward",
 ]

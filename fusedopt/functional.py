@@ -138,7 +138,9 @@ class _Step:
             for kind, backend in backends.items()
             if backend is not None and (launcher := backend.launcher()) is not None
         }
-        plan = _C.StepPlan(self.rule, [group], state, rows, [], launchers, _C.CapturedTables(), None)
+        plan = _C.StepPlan(
+            self.rule, [group], state, rows, [], launchers, _C.CapturedTables(), None
+        )
         reason = plan.refresh([group], state)
         if reason is not None:
             raise ValueError(f"{self.name}: the step cannot be prepared: {reason}")

@@ -65,6 +65,8 @@ class GradScaler(torch.amp.GradScaler):
 
     def _hand_over(self, optimizer: FusedOptimizer, call: Any) -> None:
         """Calls with the scale at hand, and remembers what was found."""
+        if optimizer._in_backward is not None:
+            optimizer._in_backward.refuse_scaler()
         self._check_scale_growth_tracker("step")
         onepass = optimizer._need_onepass()
         if not onepass.core.check:

@@ -19,9 +19,10 @@ from fusedopt.elsewhere import check_nobody_else_accumulates
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
 
-# Entries of a parameter's state. The last is a tensor of four doubles, which is true to the window
-# in `state_dict()` and in copies, and not kept up to date in between: micro-batches, weight, whether
-# the parameter's accumulator has gradients, and whether its state still waits for its first step.
+# Entries of a parameter's state. The last is a tensor of five doubles, which is true to the window
+# in `state_dict()` and in copies, and not kept up to date in between: micro-batches, weight,
+# whether the parameter's accumulator has gradients, whether its state still waits for its first
+# step, and whether the window is still to be added up over ranks.
 ACCUMULATOR, AVERAGE, WINDOW = "accumulated_grad", "ema", "window"
 ENTRIES = (ACCUMULATOR, AVERAGE, WINDOW)
 
@@ -79,8 +80,8 @@ class Options:
         if self.accumulation_dtype not in (None, torch.float32):
             raise ValueError(
                 f"accumulation_dtype={self.accumulation_dtype!r} must be torch.float32, or None "
-                "(the same, made when first needed): narrower sums lose gradients; those of float64 "
-                "parameters are float64"
+                "(the same, made when first needed): narrower sums lose gradients; those of "
+                "float64 parameters are float64"
             )
 
     @property
@@ -96,9 +97,7 @@ class Options:
     @property
     def needed(self) -> bool:
         """Whether a step is more than an update."""
-        return self != replace(
-            Options(), accumulation_reduction=self.accumulation_reduction
-        )
+        return self != replace(Options(), accumulation_reduction=self.accumulation_reduction)
 
 
 def _is_number(value: object) -> bool:
@@ -128,6 +127,8 @@ class OnePass:
         micro_batches: Those in the present window.
         group: The process group over which the window's sums are still to be added up; None where
             gradients are complete.
+        block: That of the `accumulating()` block around what is running now; None outside of one.
+        to_add_up: The window comes from a checkpoint, and its sums are one rank's alone.
         flushed: The last step was of accumulators alone.
     """
 
@@ -135,7 +136,10 @@ class OnePass:
         self.core = _C.OnePass()
         self.micro_batches = 0
         self.group: Any = None
+        self.block: Any = None
+        self.to_add_up = False
         self.flushed = False
+        self._asked: list[Tensor] | None = None  # what `left_out` said before a flush
         self._given = 0.0  # weight of the window, as far as the host knows
         self._weighed_on_device = False
         self.adopt(options)
@@ -172,7 +176,7 @@ class OnePass:
     def initial(self, param: Tensor, name: str) -> Tensor:
         """A new entry."""
         if name == WINDOW:
-            return torch.zeros(4, dtype=torch.float64, device="cpu")
+            return torch.zeros(5, dtype=torch.float64, device="cpu")
         dtype = arithmetic_dtype(param)
         if name == ACCUMULATOR:
             return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
@@ -189,18 +193,33 @@ class OnePass:
             flag = optimizer._first_flags.get(param)
             fresh = self.core.fresh(param) if flag is None else bool(flag.item())
             taken = self.core.taken(param)
-            numbers = [self.micro_batches, weight, taken, fresh]
+            own = self.micro_batches > 0 and (self.group is not None or self.to_add_up)
+            numbers = [self.micro_batches, weight, taken, fresh, own]
             state[WINDOW].copy_(torch.tensor(numbers, dtype=torch.float64))
+
+    def complete(self, optimizer: FusedOptimizer, packed: dict[int, dict[str, Any]]) -> None:
+        """Adds entries to a ``state_dict()``'s states that have not been stepped with them yet.
+
+        Those that a constructor has made, or another optimizer: a distributed checkpoint loads into
+        the entries that it finds here, and no others.
+        """
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        for number, param in enumerate(params):
+            state = packed.get(number, {})
+            missing = [name for name in self.entries() if name not in state]
+            if state and missing:
+                new = {name: self.initial(param, name) for name in missing}
+                packed[number] = {**state, **new}
 
     def restore(self, optimizer: FusedOptimizer) -> None:
         """Takes the window over from the entries in the state."""
         self.core.forget()
-        self.micro_batches, self.group, weight = 0, None, 0.0
+        self.micro_batches, self.group, self.to_add_up, weight = 0, None, False, 0.0
         for param, state in optimizer.state.items():
             if WINDOW in state:
                 self.core.accumulates = True
-                micro_batches, weight, taken, fresh = state[WINDOW].tolist()
-                self.micro_batches = int(micro_batches)
+                micro_batches, weight, taken, fresh, own = state[WINDOW].tolist()
+                self.micro_batches, self.to_add_up = int(micro_batches), own != 0
                 self.core.remember(param, taken != 0, fresh != 0)
         self.core.window_weight = self._given = weight
 
@@ -211,20 +230,25 @@ class OnePass:
         """Whether the next ``step()`` updates parameters."""
         return self.micro_batches + 1 >= self.options.accumulation_steps
 
-    def step(self, optimizer: FusedOptimizer, closure: object) -> None:
+    def step(self, optimizer: FusedOptimizer) -> None:
         """Takes a step, or counts a micro-batch."""
         steps = self.options.accumulation_steps
         if steps > 1 or self.micro_batches:
-            check_nobody_else_accumulates(closure)
+            check_nobody_else_accumulates(optimizer)
+        self._asked = None
         if steps == 1:
-            self._update(optimizer, _C.Purpose.FLUSH if self.micro_batches else _C.Purpose.UPDATE)
+            # Gradients inside of accumulating() are this rank's alone, and never an update's.
+            flushes = self.micro_batches or self.group is not None
+            self._update(optimizer, _C.Purpose.FLUSH if flushes else _C.Purpose.UPDATE)
         elif _initializes(optimizer):
             optimizer._fit(_C.Purpose.ACCUMULATE)  # creates the state
         elif not self.will_step:
             self._accumulate(optimizer, 1.0)
         elif self.group is not None:
             self._accumulate(optimizer, 1.0)
+            asked = self.left_out()
             self._update(optimizer, _C.Purpose.FLUSH)
+            self._asked, self.flushed = asked, False
         else:
             self._update(optimizer, _C.Purpose.CLOSE)
 
@@ -237,7 +261,8 @@ class OnePass:
                 "which step() itself counts micro-batches; leave accumulation_steps out, or call "
                 "step() alone"
             )
-        check_nobody_else_accumulates(None)
+        check_nobody_else_accumulates(optimizer)
+        self._asked = None
         if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
                 "accumulate() found no gradient: call it once after every backward(), before "
@@ -259,22 +284,38 @@ class OnePass:
             self._given += weight
 
     def _update(self, optimizer: FusedOptimizer, purpose: Any) -> None:
-        if purpose == _C.Purpose.FLUSH and not self._weighed_on_device and self._given == 0:
-            raise ValueError(
-                f"the weights of all {self.micro_batches} accumulated micro-batches are 0, so their "
-                "mean is undefined; give accumulate() their number of samples or tokens. Nothing "
-                "was changed"
+        if self.to_add_up and self.group is None:
+            raise RuntimeError(
+                "the window that was loaded has been accumulated inside of accumulating(), and its "
+                "sums are still to be added up over the ranks: finish it inside of accumulating(). "
+                "Nothing was changed"
             )
         if self.group is not None:
             ranks.add_up_window(optimizer, self)
+            self.group, self.to_add_up = None, False
+        elif purpose == _C.Purpose.FLUSH and not self._weighed_on_device:
+            self.check_weights(self.micro_batches, self._given)
         packed = optimizer._fit(purpose)
         took_place = packed.launch_onepass(1.0)
         self.flushed = purpose == _C.Purpose.FLUSH
         if purpose != _C.Purpose.UPDATE:
             self.micro_batches, self._given, self._weighed_on_device = 0, 0.0, False
-            self.group = None
+            self.group = self.block
         elif not took_place:
             packed.undo()
+
+    def told(self) -> list[float]:
+        """What other ranks are told of the window: micro-batches, weight given, if on devices."""
+        return [float(self.micro_batches), self._given, float(self._weighed_on_device)]
+
+    def check_weights(self, micro_batches: float, given: float) -> None:
+        """Raises if micro-batches have been given no weight."""
+        if micro_batches and given == 0:
+            raise ValueError(
+                f"the weights of all {micro_batches:.0f} accumulated micro-batches are 0, so their "
+                "mean is undefined; give accumulate() their number of samples or tokens. Nothing "
+                "was changed"
+            )
 
     # ---- What the last step found out ---------------------------------------------------------
 
@@ -293,15 +334,19 @@ class OnePass:
 
     def left_out(self) -> list[Tensor]:
         """For each device 1.0 if the last gradients were left out, else 0.0: a ``found_inf``."""
+        if self._asked is not None:
+            return self._asked
         return [(v[_TAKE].view(torch.int32)[0] == 0).float() for v in self.core.verdicts]
 
 
 def _initializes(optimizer: FusedOptimizer) -> bool:
     """Whether this is the step by which a distributed checkpoint has the state made.
 
-    It comes first, with learning rates of 0 and gradients of 0, and must leave no trace.
+    It comes first, with learning rates of 0 and gradients of 0, and must leave no trace. One that
+    has no gradients at all is a micro-batch, such as FSDP2's where it does not reduce them yet.
     """
     if optimizer.state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
         return False
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return all(p.grad is None or not p.grad.any() for p in params)
+    grads = [p.grad for p in params if p.grad is not None]
+    return bool(grads) and not any(grad.any() for grad in grads)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from fusedopt.loading import check_loaded_state, check_loaded_steps
 from fusedopt.onepass import ENTRIES, WINDOW, OnePass, Options, arithmetic_dtype
 from fusedopt.packing import Packed
 from fusedopt.routing import Route, describe, routes, why_torch
+
+if TYPE_CHECKING:
+    from fusedopt.in_backward import InBackward
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -145,6 +148,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._first_flags: dict[Tensor, Tensor] = {}
         self._reported_torch = False
         self._swapped = False
+        self._in_backward: InBackward | None = None
         # None as long as a step is an update and nothing else.
         self._onepass = OnePass(self._options) if self._options.needed else None
 
@@ -167,9 +171,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward is not None and self._in_backward.took_step():
+            return loss
         if self._onepass is not None:
             self._check_not_swapped()
-            self._onepass.step(self, closure)
+            self._onepass.step(self)
             return loss
         packed = self._packed
         if packed is None or packed.refresh() is not None:
@@ -298,6 +304,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             -3.0
         """
         self._check_not_swapped()
+        if self._in_backward is not None:
+            self._in_backward.refuse_accumulate()
         self._need_onepass().accumulate(self, weight)
 
     @property
@@ -316,8 +324,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if micro_batches and steps != self._options.accumulation_steps:
             raise RuntimeError(
                 f"accumulation_steps={steps!r} in the middle of a window, which has "
-                f"{micro_batches} of {self._options.accumulation_steps} micro-batches: set it after "
-                "a step that updates (will_step is True before one). Nothing was changed"
+                f"{micro_batches} of {self._options.accumulation_steps} micro-batches: set it "
+                "after a step that updates (will_step is True before one). Nothing was changed"
             )
         self._set_options(accumulation_steps=steps)
 
@@ -451,6 +459,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a parameter that a named backend cannot update raises and adds nothing."""
         super().add_param_group(param_group)
+        if self._in_backward is not None:
+            self._in_backward.adopt_group()
         if self.backend == "auto":
             return
         group = self.param_groups[-1]
@@ -466,7 +476,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's. State of parameters whose every step GradScaler skipped is left out."""
         self._settle()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        if self._onepass is not None:
+            self._onepass.complete(self, state_dict["state"])
+        return state_dict
 
     def _settle(self) -> None:
         """Makes the state tell what devices and the window know."""
@@ -514,7 +527,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name in dtypes.keys() & loaded.keys():
                 value = loaded[name]
                 if isinstance(value, Tensor):
-                    where = ("cpu", torch.float64) if name == WINDOW else (param.device, dtypes[name])
+                    where = (
+                        ("cpu", torch.float64) if name == WINDOW else (param.device, dtypes[name])
+                    )
                     state["state"][param][name] = value.to(*where)
         return state
 
@@ -536,8 +551,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().__setstate__(self._declared(state))
             check_loaded_state(self)
             if self._onepass is not None or any(WINDOW in s for s in self.state.values()):
+                block = self._onepass.block if self._onepass is not None else None
                 self._onepass = OnePass(self._options)
                 self._onepass.restore(self)
+                self._onepass.block = self._onepass.group = block
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(before)

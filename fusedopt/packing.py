@@ -37,6 +37,7 @@ logger = logging.getLogger("fusedopt")
 # device that says so where only the device knows.
 Row = tuple[int, Tensor, bool, "Tensor | None"]
 
+
 class Packed:
     """A plan with its torch-stepped remainder, for one optimizer.
 
@@ -67,7 +68,7 @@ class Packed:
                 idle,
                 self.launchers,
                 optimizer._captured,
-                optimizer._onepass and optimizer._onepass.core,
+                optimizer._onepass.core if optimizer._onepass is not None else None,
             )
         except BaseException:
             self.undo()
@@ -323,5 +324,3 @@ def torch_step(
     ]
     with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
         inspect.unwrap(optimizer._torch_class.step)(stand_in)
-
-

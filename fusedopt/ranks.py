@@ -41,11 +41,17 @@ def add_up_shards(specs: list[Any], sums: Tensor) -> None:
 
 @contextmanager
 def accumulating(model: Any, optimizer: FusedOptimizer) -> Iterator[None]:
-    """Accumulates a window of a DistributedDataParallel model without communication.
+    """Accumulates windows of a DistributedDataParallel model without communication.
 
     Every backward inside runs under ``model.no_sync()``; the update adds up the ranks' accumulators
-    and weights once, before the norm. Without this, every micro-batch's gradients are averaged over
-    the ranks by themselves, which is right as well, and slower.
+    and weights once, before the norm, and waits for the device to learn which parameters had
+    gradients on some rank. Ranks may have different weights and numbers of micro-batches; all of
+    them step. ``accumulation_reduction="sum"`` means the ranks' mean of these sums, as
+    DistributedDataParallel does. In the middle of a window a ``state_dict()`` has the sums of one
+    rank: save each rank's, or save after a step.
+
+    Without this, every micro-batch's gradients are averaged over the ranks by themselves. That is
+    right as well if a micro-batch has the same weight on all ranks, and slower.
 
     Args:
         model: The DistributedDataParallel model.
@@ -54,7 +60,8 @@ def accumulating(model: Any, optimizer: FusedOptimizer) -> Iterator[None]:
 
     Raises:
         TypeError: ``model`` or ``optimizer`` is something else.
-        RuntimeError: the window has micro-batches from before, which are summed up already.
+        RuntimeError: the window has micro-batches from before, which are summed up already, or of
+            other ranks.
 
     Example:
         >>> import fusedopt
@@ -73,38 +80,72 @@ def accumulating(model: Any, optimizer: FusedOptimizer) -> Iterator[None]:
     if not hasattr(optimizer, "_onepass"):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}, wanted a fusedopt optimizer")
     onepass = optimizer._need_onepass()
-    if onepass.micro_batches and onepass.group is None:
+    if onepass.micro_batches and onepass.group is None and not onepass.to_add_up:
         raise RuntimeError(
             f"the window has {onepass.micro_batches} micro-batches that are summed up over the "
             "ranks already; enter accumulating() where a window begins"
         )
-    onepass.group = model.process_group
+    if onepass.group is not None and onepass.group is not model.process_group:
+        raise RuntimeError(
+            "the window is one of another process group; models that share an optimizer must share "
+            "their process group, too"
+        )
+    if not onepass.core.accumulates:  # a rank without a micro-batch takes part all the same
+        onepass.core.accumulates = True
+        optimizer._packed = None
+    around = onepass.block
+    onepass.block = onepass.group = model.process_group
     try:
         with model.no_sync():
             yield
     finally:
+        onepass = optimizer._need_onepass()  # load_state_dict() makes another one
+        onepass.block = around
         if not onepass.micro_batches:
-            onepass.group = None
+            onepass.group = around
 
 
 def add_up_window(optimizer: FusedOptimizer, onepass: OnePass) -> None:
-    """Adds up the accumulators and weights of a window over the ranks."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    device = params[0].device
-    taken = [p in optimizer.state and onepass.core.taken(p) for p in params]
-    anywhere = torch.tensor(taken, dtype=torch.int32, device=device)
-    dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=onepass.group)
-    members = [p for p, flag in zip(params, anywhere.tolist(), strict=True) if flag]
+    """Adds up the accumulators and weights of a window over the ranks.
+
+    Raises:
+        Exception: a rank cannot step. All of them raise, none is left waiting, and nothing has been
+            changed.
+    """
+    core, group = onepass.core, onepass.group
+    params = [p for group_ in optimizer.param_groups for p in group_["params"]]
+    failure = None
+    try:
+        optimizer._fit(_C.Purpose.FLUSH)
+    except Exception as error:  # for the others to hear of
+        failure = error
+    taken = [float(p in optimizer.state and core.taken(p)) for p in params]
+    told = [float(failure is not None), *onepass.told(), core.window_weight, *taken]
+    everywhere = torch.tensor(told, dtype=torch.float64, device=params[0].device)
+    dist.all_reduce(everywhere, group=group)
+    failed, micro_batches, given, on_devices, weight, *taken = everywhere.tolist()
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RuntimeError(
+            f"{failed:.0f} of the other ranks cannot step, and say why. Nothing was changed"
+        )
+    if not on_devices:
+        onepass.check_weights(micro_batches, given)
+    members = [p for p, ranks in zip(params, taken, strict=True) if ranks]
     _have_accumulators(optimizer, members)
     sums = [optimizer.state[p]["accumulated_grad"] for p in members]
+    # Of DTensors, which tensor parallelism makes, this group's ranks have the same parts.
+    sums = [getattr(tensor, "_local_tensor", tensor) for tensor in sums]
     for bucket in _buckets(sums):
         flat = _flatten_dense_tensors(bucket)
-        dist.all_reduce(flat, group=onepass.group)
+        dist.all_reduce(flat, group=group)
+        if not core.mean:
+            flat /= dist.get_world_size(group)
         torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
     for param in members:
-        onepass.core.remember(param, True, onepass.core.fresh(param))
-    for verdict in onepass.core.verdicts:
-        dist.all_reduce(verdict[WEIGHT].view(torch.float64), group=onepass.group)
+        core.remember(param, True, core.fresh(param))
+    core.window_weight = weight
 
 
 def _have_accumulators(optimizer: FusedOptimizer, members: list[Tensor]) -> None:
@@ -119,14 +160,19 @@ def _have_accumulators(optimizer: FusedOptimizer, members: list[Tensor]) -> None
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype, in order, a bucket's worth at a time."""
+    """Tensors of one dtype and device, in order, a bucket's worth at a time."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        if bucket and (size + tensor.nbytes > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+        fits = size + tensor.nbytes <= _BUCKET_BYTES
+        if bucket and not (fits and _kind(tensor) == _kind(bucket[0])):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)
         size += tensor.nbytes
     if bucket:
         yield bucket
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device

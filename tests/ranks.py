@@ -1,12 +1,13 @@
 """Processes of torch.distributed on this machine, and what checks that run in them share.
 
-One set of three processes runs every check: starting them costs more than all checks. A check is a
+One set of processes runs every check: starting them costs more than all checks. A check is a
 function of a `World`; smaller worlds are meshes over the first ranks, which the others sit out.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import time
 import traceback
@@ -16,7 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from harness import set_grads
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 SIZE = 3
 # A rank that waits for another one gives up after this, and the parent after the other.
@@ -46,11 +50,75 @@ class World:
 Check = Callable[[World], None]
 
 
+class Checks(list[Check]):
+    """The checks of a module."""
+
+    def add(self, function: Check) -> Check:
+        """Registers a check that all ranks run."""
+        self.append(function)
+        return function
+
+    def on_meshes(self, *sizes: int) -> Callable[[Callable[..., None]], Check]:
+        """Makes a check of a function that gets a mesh too, run for each of these sizes."""
+
+        def decorate(function: Callable[..., None]) -> Check:
+            @functools.wraps(function)
+            def run_on_meshes(world: World) -> None:
+                for size in sizes:
+                    mesh = world.mesh(size)
+                    if mesh is not None:
+                        function(world, mesh)
+
+            return self.add(run_on_meshes)
+
+        return decorate
+
+
+class Net(torch.nn.Module):
+    """Rows: 5, which no world divides, and 1, of which all ranks but the first hold nothing."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(4, 5, dtype=dtype)
+        self.second = torch.nn.Linear(5, 1, dtype=dtype)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def sharded(mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> Net:
+    net = Net(dtype)
+    for module in (net.first, net.second, net):
+        fully_shard(module, mesh=mesh)
+    return net
+
+
+def shard_like(param, tensor, placements=None):
+    """A whole tensor, which every rank has, cut as a DTensor parameter is. No communication."""
+    placements = placements or param.placements
+    return distribute_tensor(tensor, param.device_mesh, placements, src_data_rank=None)
+
+
+def set_sharded_grads(params, seed):
+    """The gradients of `harness.set_grads`, cut as the parameters are."""
+    params = list(params)
+    whole = [torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in params]
+    set_grads(whole, seed)
+    for param, other in zip(params, whole, strict=True):
+        param.grad = shard_like(param, other.grad) if isinstance(param, DTensor) else other.grad
+
+
+def whole(tensor):
+    """All of a tensor, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _result(folder: Path, name: str, rank: int) -> Path:
     return folder / f"{name}.{rank}"
 
 
-def _work(rank: int, checks: Sequence[Check], folder: Path) -> None:
+def _work(rank: int, ranks: int, checks: Sequence[Check], folder: Path) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     name = "the start"
@@ -59,10 +127,10 @@ def _work(rank: int, checks: Sequence[Check], folder: Path) -> None:
             "gloo",
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
-            world_size=SIZE,
+            world_size=ranks,
             timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
         )
-        meshes = {size: DeviceMesh("cpu", list(range(size))) for size in range(1, SIZE + 1)}
+        meshes = {size: DeviceMesh("cpu", list(range(size))) for size in range(1, ranks + 1)}
         for check in checks:
             name = check.__name__
             (folder / name).mkdir(exist_ok=True)
@@ -75,14 +143,14 @@ def _work(rank: int, checks: Sequence[Check], folder: Path) -> None:
         os._exit(1)  # without waiting for ranks that wait for this one
 
 
-def run(checks: Sequence[Check], folder: Path) -> dict[str, str]:
+def run(checks: Sequence[Check], folder: Path, ranks: int = SIZE) -> dict[str, str]:
     """Runs checks one after the other on all ranks; ends all processes at the first failure.
 
     Returns:
         By the check's name, "" or what went wrong, with the rank.
     """
     context = torch.multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(r, checks, folder)) for r in range(SIZE)]
+    workers = [context.Process(target=_work, args=(r, ranks, checks, folder)) for r in range(ranks)]
     for worker in workers:
         worker.start()
     deadline = time.monotonic() + TOTAL_SECONDS
@@ -108,7 +176,7 @@ def run(checks: Sequence[Check], folder: Path) -> dict[str, str]:
     results = {}
     for check in checks:
         name = check.__name__
-        done = all(_result(folder, name, rank) in written for rank in range(SIZE))
+        done = all(_result(folder, name, rank) in written for rank in range(ranks))
         if done and not any(path.stem == name for path in failed):
             results[name] = ""
         elif not failed or failed[0].stem in (name, "the start"):

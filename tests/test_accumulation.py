@@ -1,4 +1,4 @@
-"""Windows of micro-batches: counted and weighed, against the one big batch, in halves and resumed."""
+"""Windows of micro-batches, counted and weighed: against the one big batch; halves, resumed."""
 
 import copy
 import math
@@ -11,7 +11,6 @@ from cases import CASES, oracle_hyper
 from devices import Host
 from harness import (
     DTYPES,
-    assert_states_equal,
     make_params,
     set_grads,
     states_of,
@@ -60,9 +59,7 @@ def assert_update_close(case, dtype, optimizer, before, grads):
         if fresh:
             old_states.pop("momentum_buffer")
         hyper = oracle_hyper(case.rule, optimizer.param_groups[0])
-        assert_step_close(
-            case.rule, dtype, (old, grad, old_states), (param, after), count, hyper
-        )
+        assert_step_close(case.rule, dtype, (old, grad, old_states), (param, after), count, hyper)
 
 
 # ---- Against the oracle -------------------------------------------------------------------------
@@ -113,7 +110,12 @@ def test_a_counted_window_is_one_step_of_the_mean(anywhere, case, dtype, reducti
 @EACH_DTYPE
 def test_the_bits_are_the_cpus(place, case, dtype):
     ends = []
-    options = {"accumulation_steps": 3, "max_grad_norm": 0.5, "ema_decay": 0.5, "skip_nonfinite": True}
+    options = {
+        "accumulation_steps": 3,
+        "max_grad_norm": 0.5,
+        "ema_decay": 0.5,
+        "skip_nonfinite": True,
+    }
     for where in (place, Host):
         params, optimizer = build(where, case, dtype, **options)
         for step in range(7):  # ends in the middle of a window
@@ -159,7 +161,9 @@ def test_unequal_weights_and_a_short_last_window_are_the_big_batch(on_device, op
 
 def test_256_micro_batches_and_one_more_lose_nothing(anywhere):
     param = torch.nn.Parameter(torch.zeros(5, dtype=torch.bfloat16, device=anywhere.device))
-    optimizer = fusedopt.SGD([param], lr=1.0, backend=anywhere.backend, accumulation_reduction="sum")
+    optimizer = fusedopt.SGD(
+        [param], lr=1.0, backend=anywhere.backend, accumulation_reduction="sum"
+    )
     for _ in range(257):
         param.grad = torch.ones_like(param)
         optimizer.accumulate()
@@ -219,9 +223,7 @@ def test_zero_grad_clears_gradients_and_never_accumulators(set_to_none):
 def test_gradients_are_zeroed_in_place_where_asked(anywhere):
     ends = []
     for zero_grads in (True, False):
-        params, optimizer = build(
-            anywhere, CASES[-1], zero_grads=zero_grads, accumulation_steps=2
-        )
+        params, optimizer = build(anywhere, CASES[-1], zero_grads=zero_grads, accumulation_steps=2)
         set_grads(params, 0)
         grads = [p.grad for p in params]
         for step in range(4):

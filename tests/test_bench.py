@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fusedopt
 from fusedopt.bench import __main__ as cli
-from fusedopt.bench import machine, optimizers, step, timing, train
+from fusedopt.bench import machine, optimizers, picture, pipeline, step, timing, train
 from fusedopt.bench.providers import PROVIDERS
-from fusedopt.bench.workloads import WORKLOADS
+from fusedopt.bench.workloads import WORKLOADS, Workload
 
 for needed in ("rich", "matplotlib", "sklearn"):
     pytest.importorskip(needed, reason="fusedopt.bench needs it")
@@ -59,7 +60,11 @@ def test_gpt2_has_the_models_shapes_in_its_order():
 
 
 def test_every_exported_optimizer_is_benchmarked():
-    exported = {name for name in fusedopt.__all__ if hasattr(getattr(fusedopt, name), "step")}
+    exported = {
+        name
+        for name in fusedopt.__all__
+        if hasattr(getattr(fusedopt, name), "step") and name != "GradScaler"
+    }
     assert set(optimizers.names()) == exported
     assert optimizers.names()[:5] == ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW"]
 
@@ -108,6 +113,30 @@ def test_race_times_each_step_once_a_round():
     assert race.stats("a").rounds == race.ratio("a", "b").rounds == 7
 
 
+def test_race_puts_back_what_steps_change_and_times_stages_in_their_order():
+    seen: list[str] = []
+    stages = {stage: lambda stage=stage: seen.append(stage) for stage in ("first", "second")}
+    steps = {"whole": lambda: seen.append("whole"), "parts": stages}
+    before = {"parts": lambda: seen.append("before")}
+    race = timing.Race()
+    timing.run_race(race, steps, rounds=1, budget=60.0, before=before)
+    part = ["before", "first", "second"]
+    assert seen == ["whole", "whole", *part, *part, "whole", *part]
+    assert list(race.seconds) == ["whole", "parts", "parts/first", "parts/second"]
+    laps = [race.seconds[timing.stage_of("parts", stage)][0] for stage in stages]
+    assert race.seconds["parts"] == [sum(laps)]
+
+
+def test_stages_sit_out_with_their_step(monkeypatch):
+    monkeypatch.setattr(timing, "rounds_to_run", lambda *_: [True, False])
+    race = timing.Race()
+    timing.run_race(race, {"parts": {"only": lambda: None}}, rounds=2, budget=0.0)
+    assert [[math.isnan(value) for value in values] for values in race.seconds.values()] == [
+        [False, True],
+        [False, True],
+    ]
+
+
 def test_ratios_pair_the_rounds_both_ran_in():
     nan = math.nan
     race = timing.Race({"slow": [4.0, nan, 8.0, 30.0], "fast": [2.0, 1.0, 4.0, nan]})
@@ -121,7 +150,7 @@ def test_ratios_pair_the_rounds_both_ran_in():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["stepp"], "unknown subcommand 'stepp'; wanted: train, step"),
+        (["stepp"], "unknown subcommand 'stepp'; wanted: train, step, pipeline, or none"),
         (["step", "--workloads", "gpt3"], "--workloads: unknown workload 'gpt3'; wanted: a comma"),
         (["step", "--optimizers", "AdamW,Lamb"], "--optimizers: unknown optimizer 'Lamb'"),
         (["step", "--providers", "apex"], "--providers: unknown provider 'apex'"),
@@ -131,6 +160,12 @@ def test_ratios_pair_the_rounds_both_ran_in():
         (["step", "--rounds", "many"], "--rounds: got 'many'; wanted: a whole number"),
         (["step", "--seconds", "nan"], "--seconds: got 'nan'; wanted: a number, at least 0"),
         (["train", "--rounds", "3"], "unrecognized arguments: --rounds"),
+        (["pipeline", "--chains", "clip,lamb"], "--chains: unknown chain 'lamb'; wanted: a comma"),
+        (["pipeline", "--workloads", "gpt3"], "--workloads: unknown workload 'gpt3'"),
+        (["pipeline", "--dtype", "float32"], "unrecognized arguments: --dtype"),
+        (["pipeline", "--rounds", "0"], "--rounds: got '0'; wanted: a whole number, at least 1"),
+        (["pipeline", "--out", "{file}/plots"], "--out: cannot write to"),
+        (["step", "--chains", "clip"], "unrecognized arguments: --chains"),
         (["--out", "{file}/plots"], "--out: cannot write to"),
         (["--json", "{file}/result.json"], "--json: cannot write to"),
         (["--json", "{directory}"], "is a directory; wanted: the name of a file"),
@@ -166,6 +201,19 @@ def test_a_workload_that_does_not_fit_is_refused_or_left_out(monkeypatch, tmp_pa
     assert [row["workload"] for row in json.loads(result.read_text())["step"]["rows"]] == ["tiny"]
 
 
+def test_a_pipeline_that_cannot_run_here_stops_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "available_memory", lambda device: 50_000_000)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["pipeline", "--workloads", "many,one", "--chains", "ema"])
+    assert stop.value.code == 2
+    assert "workload many needs 0.3 GB of memory" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "backend_for", lambda device: None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["pipeline"])
+    assert stop.value.code == 2
+    assert "--device: fusedopt has no kernels for cpu here" in capsys.readouterr().err
+
+
 # ---- the jobs ----
 
 
@@ -179,7 +227,7 @@ def test_train_compares_draws_and_records(tmp_path):
 
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["complete"]
-    assert result["step"] == {"rows": []}
+    assert result["step"] == result["pipeline"] == {"rows": []}
     assert set(result["machine"]) >= {
         "date", "gpu", "cuda", "cpu", "cores", "threads", "tier", "python", "torch", "fusedopt",
         "git_revision",
@@ -288,3 +336,134 @@ def test_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
     content = json.loads(result.read_text())
     assert not content["complete"]
     assert len(content["step"]["rows"]) == 1
+
+
+# ---- the pipeline job ----
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A workload of a moment, of grouped parameters, some of them beyond a chunk."""
+    shapes = ((300, 130), (1000,), (7,), (1, 70_001))
+    workload = Workload("small", "a few tensors", shapes, grouped=True, standard=False)
+    monkeypatch.setitem(WORKLOADS, "small", workload)
+    return workload
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "RMSprop"])
+@pytest.mark.parametrize("chain", pipeline.CHAINS)
+def test_the_call_does_the_work_of_torchs_chain(small, chain, optimizer, monkeypatch):
+    monkeypatch.setattr(optimizers, "STEP_LR", 0.1)  # so that parameters differ if anything does
+    task = pipeline.Task("small", chain, optimizer)
+    stand = pipeline.Stand(task, pipeline.scaled_gradients(task))
+    before = stand.parameters()
+    norms = torch.stack([gradient.norm() for gradient in stand.master])
+    assert norms.norm() > 2 * pipeline.MAX_NORM * pipeline.SCALE  # there is something to clip
+    torchs, ours = stand.torch_chain(), stand.fused_call()
+    floor = stand.floor()
+    calls = [torchs.call, lambda: [stage() for stage in torchs.stages.values()], torchs.call]
+    for call in calls:
+        for entrant, work in ((torchs, call), (ours, ours.call), (floor, floor.call)):
+            entrant.restore()
+            for parameter, gradient in zip(entrant.parameters, stand.master, strict=True):
+                assert torch.equal(parameter.grad, gradient)
+            work()
+            for parameter in entrant.parameters:
+                if chain == "clip-none":
+                    assert (parameter.grad is None) == (entrant is not floor)
+                elif entrant is not floor:
+                    assert not parameter.grad.any()
+    assert len(torchs.averages()) == (len(small.shapes) if chain == "ema" else 0)
+    states = optimizers.count_states(optimizer)
+    for index, start in enumerate(before):
+        mine, its = ours.parameters[index], torchs.parameters[index]
+        assert (its - start).abs().max() > 1e-4
+        torch.testing.assert_close(mine - start, its - start, rtol=1e-3, atol=1e-7)
+        found, wanted = ours.optimizer.state[mine], torchs.optimizer.state[its]
+        shared = [name for name in wanted if name in found and torch.is_tensor(wanted[name])]
+        assert sum(wanted[name].shape == start.shape for name in shared) == states
+        for name in shared:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-9)
+        if chain == "ema":
+            mine, its = ours.averages()[index], torchs.averages()[index]
+            assert (its - start).abs().max() > 1e-6
+            torch.testing.assert_close(mine, its, rtol=1e-6, atol=2e-8)
+
+
+def test_bytes_are_what_each_stage_has_to_move():
+    clip, none, ema = (pipeline.CHAINS[name] for name in ("clip", "clip-none", "ema"))
+    assert ema.torch_bytes(2) == {"unscale": 8, "clip": 12, "step": 28, "average": 12, "zero": 4}
+    assert ema.fused_bytes(2) == {"norm": 4, "update": 28, "average": 8, "zero": 4}
+    totals = [(sum(c.torch_bytes(2).values()), sum(c.fused_bytes(2).values()))
+              for c in (clip, none, ema)]  # fmt: skip
+    assert totals == [(52, 36), (48, 32), (64, 44)]
+    assert (sum(clip.torch_bytes(1).values()), sum(clip.fused_bytes(0).values())) == (44, 20)
+
+
+def test_pipeline_records_every_stage(small, tmp_path, capsys):
+    result, folder = tmp_path / "result.json", tmp_path / "pictures"
+    arguments = ["--workloads", "small", "--optimizers", "AdamW,RMSprop", "--rounds", "3"]
+    assert cli.main(["pipeline", *arguments, "--out", str(folder), "--json", str(result)]) == 0
+    said = capsys.readouterr().out
+    assert "small: a few tensors, 110,008 elements in all; ns a parameter, median of 3" in said
+    assert "fusedopt's AdamW with ema: on small" in said
+    assert "RMSprop: torch has no fused step, its default was timed" in said
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said  # no column was cut off
+    assert (folder / "pipeline.png").read_bytes().startswith(b"\x89PNG")
+
+    content = json.loads(result.read_text())
+    assert content["complete"]
+    assert content["train"] == content["step"] == {"rows": []}
+    rows = content["pipeline"]["rows"]
+    assert content["pipeline"]["rounds"] == 3
+    wanted = [(name, chain) for name in ("AdamW", "RMSprop") for chain in pipeline.CHAINS]
+    assert [(row["optimizer"], row["chain"]) for row in rows] == wanted
+    entrants = {"torch", "torch-stages", "fusedopt", "floor"}
+    for row in rows:
+        stages = {"unscale", "clip", "step", "zero"} | ({"average"} & {*row["stage_ms"]})
+        assert ("average" in stages) == (row["chain"] == "ema")
+        assert set(row["stage_ms"]) == set(row["bytes_per_parameter"]["torch"]) == stages
+        assert set(row["chain_ms"]) == entrants
+        assert set(row["ns_per_parameter"]) == entrants | stages
+        assert set(row["ratios"]) == {"torch_over_fusedopt", "fusedopt_over_floor"}
+        assert set(row["seconds"]) == entrants | {f"torch-stages/{stage}" for stage in stages}
+        assert all(len(times) == 3 for times in row["seconds"].values())
+        for stats in (*row["chain_ms"].values(), *row["stage_ms"].values()):
+            assert set(stats) == STATS_KEYS
+            assert 0 < stats["p20"] <= stats["median"] <= stats["p80"]
+        milliseconds = row["chain_ms"]["torch"]["median"]
+        assert row["ns_per_parameter"]["torch"] == pytest.approx(milliseconds * 1e6 / 110_008)
+    assert [row["torch_step"] for row in rows] == ["torch fused"] * 3 + ["torch default"] * 3
+
+
+def test_pipeline_runs_all_chains_of_adamw_where_nothing_is_named():
+    options = cli.make_parser("pipeline").parse_args(["--workloads", "many"])
+    assert (options.optimizers, options.chains) == (["AdamW"], ["clip", "clip-none", "ema"])
+    tasks = pipeline.plan_tasks(pipeline.STANDARD, options.chains, options.optimizers)
+    assert len(tasks) == 9
+    assert [task.workload for task in tasks[::3]] == ["huge", "gpt2", "many"]
+
+
+def test_an_interrupted_pipeline_shows_and_keeps_its_whole_rounds(
+    small, monkeypatch, tmp_path, capsys
+):
+    def interrupted(race, steps, rounds, budget, on_round, before):
+        def stop(index):
+            on_round(index)
+            if index == 1:
+                raise KeyboardInterrupt
+
+        timing.run_race(race, steps, rounds, budget, stop, before)
+
+    monkeypatch.setattr(pipeline, "run_race", interrupted)
+    drawn: list[int] = []
+    monkeypatch.setattr(picture, "save_pipeline", lambda rows, path: drawn.append(len(rows)))
+    result = tmp_path / "result.json"
+    arguments = ["--workloads", "small", "--out", str(tmp_path), "--json", str(result)]
+    assert cli.main(["pipeline", *arguments]) == cli.EXIT_INTERRUPTED
+    said = capsys.readouterr().out
+    assert "median of 1 rounds" in said
+    assert "Interrupted" in said
+    content = json.loads(result.read_text())
+    assert not content["complete"]
+    assert [len(row["seconds"]["torch"]) for row in content["pipeline"]["rows"]] == [1] == drawn

@@ -19,7 +19,9 @@ def test_signature_is_torchs_with_ours_after_it(case):
     theirs = inspect.signature(case.torch_class).parameters
     for given in (inspect.signature(case.fused()), inspect.signature(case.fused().__init__)):
         parameters = {name: p for name, p in given.parameters.items() if name != "self"}
-        ours = ["backend", "state_dtype"]
+        ours = ["backend", "state_dtype", "max_grad_norm", "skip_nonfinite", "ema_decay"]
+        ours += ["zero_grads"]
+        ours += [f"accumulation_{what}" for what in ("steps", "reduction", "dtype")]
         assert list(parameters) == [*theirs, *ours]
         for name, parameter in theirs.items():
             assert parameters[name].kind == parameter.kind

@@ -126,7 +126,10 @@ def test_every_rule_has_its_kernels(kernels, updates):
     floors = [kernel for kernel in kernels if "::traffic_floor<" in kernel.name]
     assert len(prepares) == 2 * len(structs)
     assert len(floors) == 4
-    assert len(kernels) == len(updates) + len(prepares) + len(floors)
+    around = [kernel for kernel in kernels if "::gradient_" in kernel.name]
+    # A norm and an accumulation for each of the types that gradients have.
+    assert len(around) == 2 * len({kernel.arguments[3] for kernel in updates})
+    assert len(kernels) == len(updates) + len(prepares) + len(floors) + len(around)
 
 
 def test_no_spill_and_no_local_memory(kernels):
@@ -145,9 +148,10 @@ def test_no_approximate_maths(kernels):
     assert complaints(kernels, lambda kernel: not re.search(pattern, kernel.ptx)) == []
 
 
-def test_no_double_arithmetic_but_for_doubles(updates):
+def test_no_double_arithmetic_but_for_doubles_and_norms(kernels, updates):
     fp64 = r"\b(DADD|DMUL|DFMA|DSETP|DMNMX|MUFU\.\w*64H|[FI]2F\.\w*F64\w*)"
-    singles = [kernel for kernel in updates if not kernel.in_double]
+    accumulations = [kernel for kernel in kernels if "::gradient_accumulate<" in kernel.name]
+    singles = [kernel for kernel in updates + accumulations if not kernel.in_double]
     assert complaints(singles, lambda kernel: kernel.count(fp64) == 0) == []
     doubles = [kernel for kernel in updates if kernel.in_double]
     assert doubles
@@ -165,11 +169,27 @@ def test_aligned_bodies_move_sixteen_bytes_at_a_time(updates):
         rule, variant, *storage = kernel.arguments
         param, grad, state = (SIZES[name] for name in storage)
         width = ACCESS_BYTES // min(param, grad, state)
-        arrays = [param, grad, *[state] * len(states[rule][int(variant)])]
+        wide = 8 if kernel.in_double else 4  # of the accumulator and the average
+        arrays = [param, grad, *[state] * len(states[rule][int(variant)]), wide, wide]
         widths = [width >> halvings for halvings in range(width.bit_length())]
-        accesses = sum(w * size // ACCESS_BYTES for w in widths for size in arrays)
-        assert kernel.count(r"\bSTG\.E\.128\b") >= accesses, kernel.name  # gradients: unscaled
-        assert kernel.count(r"\bLDG\.E\.128\b") >= accesses, kernel.name  # and parts of the table
+
+        def accesses(arrays, widths=widths):
+            return sum(w * size // ACCESS_BYTES for w in widths for size in arrays)
+
+        stores, loads = (kernel.count(rf"\b{op}\.E\.128\b") for op in ("STG", "LDG"))
+        assert stores >= accesses([*arrays, grad]), kernel.name  # gradients: unscaled, or cleared
+        assert loads >= accesses(arrays), kernel.name  # and parts of the table
+
+
+def test_gradients_are_read_sixteen_bytes_at_a_time(kernels):
+    for kernel in kernels:
+        if "::gradient_" not in kernel.name:
+            continue
+        grad, compute = (SIZES[name] for name in kernel.arguments)
+        elements = ACCESS_BYTES // grad
+        turns = 1024 // (32 * elements) if "norm" in kernel.name else 1
+        loads = turns * (1 + elements * compute // ACCESS_BYTES)  # and of the accumulator
+        assert kernel.count(r"\bLDG\.E\.128\b") >= loads, kernel.name
 
 
 def test_halves_are_rounded_by_the_hardware(updates):

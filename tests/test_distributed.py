@@ -7,7 +7,6 @@ elementwise, so cutting a tensor must not change it. That one is held against th
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import ranks
@@ -15,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from cases import CASES, Case, Sample
 from harness import set_grads
+from ranks import Checks, Net, set_sharded_grads, shard_like, sharded, whole
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -38,68 +37,8 @@ RICHEST = {
     "adamw": {"amsgrad": True, "weight_decay": 0.1},
 }
 
-CHECKS = []
-
-
-def check(function):
-    """Registers a check that all ranks run."""
-    CHECKS.append(function)
-    return function
-
-
-def on_meshes(*sizes):
-    """Makes a check of a function that gets a mesh too, run for each of these sizes."""
-
-    def decorate(function):
-        @functools.wraps(function)
-        def run_on_meshes(world):
-            for size in sizes:
-                mesh = world.mesh(size)
-                if mesh is not None:
-                    function(world, mesh)
-
-        return check(run_on_meshes)
-
-    return decorate
-
-
-class Net(torch.nn.Module):
-    """Rows: 5, which no world divides, and 1, of which all ranks but the first hold nothing."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = torch.nn.Linear(4, 5, dtype=dtype)
-        self.second = torch.nn.Linear(5, 1, dtype=dtype)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
-
-
-def sharded(mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> Net:
-    net = Net(dtype)
-    for module in (net.first, net.second, net):
-        fully_shard(module, mesh=mesh)
-    return net
-
-
-def shard_like(param, tensor, placements=None):
-    """A whole tensor, which every rank has, cut as a DTensor parameter is. No communication."""
-    placements = placements or param.placements
-    return distribute_tensor(tensor, param.device_mesh, placements, src_data_rank=None)
-
-
-def set_sharded_grads(params, seed):
-    """The gradients of `harness.set_grads`, cut as the parameters are."""
-    params = list(params)
-    whole = [torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in params]
-    set_grads(whole, seed)
-    for param, other in zip(params, whole, strict=True):
-        param.grad = shard_like(param, other.grad)
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+CHECKS = Checks()
+check, on_meshes = CHECKS.add, CHECKS.on_meshes
 
 
 def assert_equal_run(params, optimizer, other_params, other):

@@ -5,6 +5,7 @@ a network or a GPU: models are made from configurations, and a connection fails 
 """
 
 import functools
+import inspect
 import math
 import socket
 import warnings
@@ -99,14 +100,17 @@ SGD = ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01})
 class TrainerRun:
     """A run of transformers.Trainer over `sentences`: 8 steps, checkpoints at 4 and 8."""
 
-    def __init__(self, optim, folder, how, resume=None, **arguments):
+    def __init__(self, optim, folder, how, resume=None, options=(), constant=False, **arguments):
         transformers = pytest.importorskip("transformers")
         self.model = tiny_gpt2()
         self.start = values(self.model)
         name, hyper = SGD if arguments.get("bf16") else ADAMW
+        hyper = {**hyper, **dict(options)}
         if how == "optimizers":
             optimizer = getattr(optim, name)(self.model.parameters(), **hyper)
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 16)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: 1.0 if constant else 1 - step / 16
+            )
             given = {"optimizers": (optimizer, scheduler)}
         else:
             given = {"optimizer_cls_and_kwargs": (getattr(optim, name), hyper)}
@@ -115,10 +119,7 @@ class TrainerRun:
             transformers.TrainingArguments(
                 str(folder),
                 use_cpu=True,
-                max_steps=8,
                 per_device_train_batch_size=3,
-                gradient_accumulation_steps=2,
-                max_grad_norm=0.5,
                 weight_decay=hyper["weight_decay"],  # of groups that the Trainer makes itself
                 save_strategy="steps",
                 save_steps=4,
@@ -126,7 +127,12 @@ class TrainerRun:
                 report_to=[],
                 disable_tqdm=True,
                 seed=3,
-                **arguments,
+                **{
+                    "max_steps": 8,
+                    "gradient_accumulation_steps": 2,
+                    "max_grad_norm": 0.5,
+                    **arguments,
+                },
             ),
             train_dataset=sentences(),
             **given,
@@ -175,6 +181,47 @@ def test_the_trainer_resumes_the_other_ones_checkpoint(first, tmp_path):
     assert_close_runs(resumed.outcome, whole.outcome, whole.start)
 
 
+@pytest.mark.parametrize("how", WAYS)
+def test_the_trainer_and_the_optimizer_do_not_both_accumulate(how, tmp_path):
+    with pytest.raises(RuntimeError, match=r"twice: by transformers' Trainer .*_steps=2"):
+        TrainerRun(fusedopt, tmp_path, how, options={"accumulation_steps": 2})
+
+
+def test_the_optimizer_accumulates_and_clips_in_the_trainers_place(tmp_path):
+    options = {"accumulation_steps": 2, "max_grad_norm": 0.5}
+    arguments = {"max_steps": 16, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+    ours = TrainerRun(
+        fusedopt, tmp_path / "ours", WAYS[0], options=options, constant=True, **arguments
+    )
+    theirs = TrainerRun(torch.optim, tmp_path / "theirs", WAYS[0], constant=True)
+    assert_kernels_did_it(ours.optimizer)
+    assert_close_runs((ours.params, [0.0]), (theirs.params, [0.0]), ours.start)
+
+
+def test_another_optimizer_may_accumulate_under_the_trainer(tmp_path):
+    """One that the Trainer does not step, such as that of a part with a loss of its own."""
+    transformers = pytest.importorskip("transformers")
+    param = torch.nn.Parameter(torch.zeros(3))
+    other = fusedopt.SGD([param], lr=1.0, accumulation_steps=2)
+
+    class Callback(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            param.grad = torch.ones(3)
+            other.step()
+
+    TrainerRun(torch.optim, tmp_path, WAYS[0])
+    assert (param == 0).all()
+    trainer_init = transformers.Trainer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            transformers.Trainer,
+            "__init__",
+            lambda *args, **kwargs: trainer_init(*args, callbacks=[Callback()], **kwargs),
+        )
+        TrainerRun(torch.optim, tmp_path, WAYS[0])
+    assert (param == -4).all()
+
+
 # --- Accelerate ---
 
 
@@ -199,11 +246,12 @@ OPTIMIZERS = {
 class AccelerateRun:
     """The loop of Accelerate's documentation: accumulation, clipping, a scheduler, a scaler."""
 
-    def __init__(self, optim, make, scaler=None):
+    def __init__(self, optim, make, scaler=None, steps=3, clips=True):
         accelerate = pytest.importorskip("accelerate")
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         accelerate.state.GradientState._reset_state()
-        self.accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=3)
+        self.accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=steps)
+        self.clips = clips
         if scaler is not None:  # what Accelerator(mixed_precision="fp16") does, but for GPUs only
             self.accelerator.scaler, self.accelerator.native_amp = scaler, True
             self.accelerator.state._mixed_precision = "fp16"
@@ -224,12 +272,14 @@ class AccelerateRun:
                 self.losses.append(loss.item())
                 factor = math.inf if number in overflow_at else 1.0
                 self.accelerator.backward(loss * factor)
-                if self.accelerator.sync_gradients:
+                if self.accelerator.sync_gradients and self.clips:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), 0.5)
+                updates = getattr(self.optimizer.optimizer, "will_step", True)
                 self.optimizer.step()
                 if self.accelerator.sync_gradients:
                     self.skipped.append(self.optimizer.step_was_skipped)
-                self.scheduler.step()
+                if updates:
+                    self.scheduler.step()
                 self.optimizer.zero_grad()
         return self
 
@@ -261,6 +311,76 @@ def test_accelerate_with_a_grad_scaler_skips_and_steps_as_with_torch(make):
     assert_close_runs(ours.outcome, theirs.outcome, ours.start)
 
 
+def with_options(make, **options):
+    """The same optimizer with options of ours."""
+
+    def made(optim, params):
+        plain = make(optim, list(params))
+        group = {k: v for k, v in plain.param_groups[0].items() if k in keywords_of(plain)}
+        return type(plain)(plain.param_groups[0]["params"], **group, **options)
+
+    return made
+
+
+def keywords_of(optimizer):
+    return inspect.signature(type(optimizer).__init__).parameters.keys() - {"params"}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_accelerate_and_the_optimizer_do_not_both_accumulate(make):
+    run = AccelerateRun(fusedopt, with_options(make, accumulation_steps=2), steps=2)
+    with pytest.raises(RuntimeError, match=r"twice: by Accelerate .*_accumulation_steps=2"):
+        run.epoch()
+    assert_equal_params(values(run.model), run.start)
+    run = AccelerateRun(fusedopt, make, steps=2)
+    loss = run.model(torch.randn(2, 8)).sum()
+    run.accelerator.backward(loss)
+    with pytest.raises(RuntimeError, match="twice: by Accelerate"):
+        run.optimizer.optimizer.accumulate()
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_optimizer_accumulates_and_clips_in_accelerates_place(make):
+    options = {"accumulation_steps": 3, "max_grad_norm": 0.5}
+    made = with_options(make, **options)
+    ours = AccelerateRun(fusedopt, made, steps=1, clips=False).epoch().epoch()
+    theirs = AccelerateRun(torch.optim, make).epoch().epoch()
+    assert_kernels_did_it(ours.optimizer.optimizer)
+    assert_close_runs(ours.outcome, theirs.outcome, ours.start)
+    assert ours.optimizer.param_groups[0]["lr"] == theirs.optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_optimizer_clips_what_accelerate_has_accumulated(make):
+    """Whose state is one of accumulation then, and no reason to refuse a step."""
+    options = {"max_grad_norm": 0.5, "skip_nonfinite": True, "ema_decay": 0.9}
+    ours = AccelerateRun(fusedopt, with_options(make, **options), clips=False)
+    theirs = AccelerateRun(torch.optim, make)
+    for run in (ours, theirs):
+        run.epoch().epoch()
+    assert_kernels_did_it(ours.optimizer.optimizer)
+    assert_close_runs(ours.outcome, theirs.outcome, ours.start)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.amp.GradScaler, fusedopt.GradScaler], ids=["torchs", "ours"]
+)
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_accelerate_with_a_grad_scaler_and_an_optimizer_that_clips(make, kind):
+    runs = []
+    for optim, scaler_class in ((fusedopt, kind), (torch.optim, torch.amp.GradScaler)):
+        scaler = scaler_class("cpu", init_scale=256.0, growth_interval=2)
+        clips = optim is torch.optim
+        made = make if clips else with_options(make, max_grad_norm=0.5)
+        run = AccelerateRun(optim, made, scaler, clips=clips)
+        runs.append(run.epoch(overflow_at=(1, 7)).epoch())
+    ours, theirs = runs
+    assert_kernels_did_it(ours.optimizer.optimizer)
+    assert ours.skipped == theirs.skipped
+    assert ours.accelerator.scaler.get_scale() == theirs.accelerator.scaler.get_scale() == 256.0
+    assert_close_runs(ours.outcome, theirs.outcome, ours.start)
+
+
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_accelerates_saved_state_goes_on_bitwise(make, tmp_path):
     whole = AccelerateRun(fusedopt, make).epoch()
@@ -277,7 +397,7 @@ def test_accelerates_saved_state_goes_on_bitwise(make, tmp_path):
 # --- Lightning ---
 
 
-def lightning_module(optim, fused):
+def lightning_module(optim, fused, scheduled=True, **options):
     import lightning
 
     class Module(lightning.LightningModule):
@@ -297,7 +417,11 @@ def lightning_module(optim, fused):
             self.norms.append(torch.stack(norms).norm().item())
 
         def configure_optimizers(self):
-            optimizer = optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.1, fused=fused)
+            optimizer = optim.AdamW(
+                self.parameters(), lr=2e-3, weight_decay=0.1, fused=fused, **options
+            )
+            if not scheduled:
+                return optimizer
             scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
             return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -319,15 +443,25 @@ PRECISIONS = {
 }
 
 
-def lightning_fit(optim, folder, precision, epochs=2, resume=None, fused=None, clip=0.5):
+def lightning_fit(
+    optim,
+    folder,
+    precision,
+    epochs=2,
+    resume=None,
+    fused=None,
+    clip=0.5,
+    batches=2,
+    **options,
+):
     lightning = pytest.importorskip("lightning")
-    module = lightning_module(optim, fused)
+    module = lightning_module(optim, fused, **options)
     module.start = values(module)
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
-        accumulate_grad_batches=2,
+        accumulate_grad_batches=batches,
         gradient_clip_val=clip,
         default_root_dir=folder,
         callbacks=[
@@ -389,6 +523,36 @@ def test_lightning_resumes_the_other_ones_checkpoint(first, tmp_path):
     )
     losses = whole.losses[len(resumed.losses) :]
     assert_close_runs((values(resumed), resumed.losses), (values(whole), losses), whole.start)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_lightning_and_the_optimizer_do_not_both_accumulate(precision, tmp_path):
+    """A GradScaler calls step() without the closure that knows the trainer."""
+    with pytest.raises(RuntimeError, match=r"twice: by Lightning .*_grad_batches=2"):
+        lightning_fit(fusedopt, tmp_path, precision, clip=None, accumulation_steps=2)
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_the_optimizer_accumulates_and_clips_in_lightnings_place(precision, tmp_path):
+    options = {"accumulation_steps": 2, "max_grad_norm": 0.5, "batches": 1, "clip": None}
+    ours, theirs = (
+        lightning_fit(optim, tmp_path / optim.__name__, precision, scheduled=False, **given)
+        for optim, given in ((fusedopt, options), (torch.optim, {}))
+    )
+    assert_kernels_did_it(ours.optimizers().optimizer)
+    assert_close_runs((values(ours), ours.losses), (values(theirs), theirs.losses), ours.start)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_lightnings_clipping_and_the_optimizers_come_one_after_the_other(precision, tmp_path):
+    """The lower limit counts."""
+    for first, second in ((0.5, 0.2), (0.2, 0.5)):
+        ours = lightning_fit(
+            fusedopt, tmp_path / "ours", precision, clip=first, max_grad_norm=second
+        )
+        theirs = lightning_fit(torch.optim, tmp_path / "theirs", precision, clip=0.2)
+        assert_kernels_did_it(ours.optimizers().optimizer)
+        assert_close_runs((values(ours), ours.losses), (values(theirs), theirs.losses), ours.start)
 
 
 class Adversaries:

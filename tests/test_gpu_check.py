@@ -83,8 +83,10 @@ def test_the_rehearsal_goes_through_all_parts(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     parts = written(tmp_path)["parts"]
     passed = {name for name, part in parts.items() if part["status"] == "passed"}
-    assert passed == {"tests", "figures", "bits", *(["build"] if shutil.which("nvcc") else [])}
+    compiled = ["build"] if shutil.which("nvcc") else []
+    assert passed == {"tests", "figures", "pipeline", "bits", *compiled}
     assert parts["tests"]["counts"]["tests"] > parts["tests"]["counts"]["skipped"] > 0
     assert all(row["compared"] > 1e6 and row["differing"] == 0 for row in parts["bits"]["rows"])
     assert {row["workload"] for row in parts["figures"]["rows"]} == {"groups", "one"}
+    assert {row["workload"] for row in parts["pipeline"]["rows"]} == {"one"}
     assert all(part["reason"] for part in parts.values() if part["status"] == "not run")

@@ -7,6 +7,7 @@ import rehearsal
 from hypothesis import Phase
 from stories import Story, StoryOnADevice, live
 
+from fusedopt import _C
 from fusedopt.packing import Packed
 
 
@@ -49,36 +50,36 @@ class Stale(Packed):
 
 
 class MissesReplacedStates(Stale):
-    def refresh(self):
+    def refresh(self, purpose=_C.Purpose.UPDATE):
         return self.plan.refresh(self.optimizer.param_groups, self.then["state"])
 
 
 class MissesChangedGroups(Stale):
-    def refresh(self):
+    def refresh(self, purpose=_C.Purpose.UPDATE):
         return self.plan.refresh(self.then["groups"], self.optimizer.state)
 
 
 class MissesMovedParameters(Stale):
-    def refresh(self):
+    def refresh(self, purpose=_C.Purpose.UPDATE):
         now = {param: param.data for param in self.then["storage"]}
         for param, data in self.then["storage"].items():
             if param.data.dtype == data.dtype:
                 param.data = data
         try:
-            return super().refresh()
+            return super().refresh(purpose)
         finally:
             for param, data in now.items():
                 param.data = data
 
 
 class MissesReplacedGradients(Stale):
-    def refresh(self):
+    def refresh(self, purpose=_C.Purpose.UPDATE):
         now = {param: param.grad for param in self.then["gradient"]}
         for param, grad in self.then["gradient"].items():
             if None not in (param.grad, grad) and grad.dtype == param.dtype:
                 param.grad = grad
         try:
-            return super().refresh()
+            return super().refresh(purpose)
         finally:
             for param, grad in now.items():
                 param.grad = grad

@@ -31,9 +31,10 @@ SOURCES = {
         *("cpu/tier_generic.cpp", "cpu/tier_avx2.cpp", "cpu/tier_avx512.cpp"),
     ],
 }
-SOURCES["cuda_body_test"] = [*SOURCES["driver_test"], "cuda/table.cpp", "cuda/image.cpp"]
+SOURCES["onepass_test"] = [*SOURCES["driver_test"], "cuda/table.cpp"]
+SOURCES["cuda_body_test"] = [*SOURCES["onepass_test"], "cuda/image.cpp"]
 # As in CMakeLists.txt.
-OWN_FLAGS = {"cuda_body_test": ["-DFUSEDOPT_HD=inline"]}
+OWN_FLAGS = dict.fromkeys(("cuda_body_test", "onepass_test"), ["-DFUSEDOPT_HD=inline"])
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ _GENERIC = {"test": "driver_test", "rebuild": "cpu/tier_generic.cpp"}
 _DRIVER = {"test": "driver_test", "rebuild": "cpu/driver.cpp"}
 _TABLE = {"test": "driver_test", "rebuild": "core/table.cpp"}
 _BODY = {"test": "cuda_body_test"}
+_ONEPASS = {"test": "onepass_test"}
 
 MUTATIONS = [
     Mutation("sgd drops decay", "rules/sgd.h", _DECAY, "", r"sgd/plain/\S*decay=0.1"),
@@ -305,13 +307,148 @@ MUTATIONS = [
     Mutation(
         "a row keeps its old scalar slot",
         "cuda/table.cpp",
-        "if (!moved && row.slot == from.slot) return false;",
+        "if (!moved && row.slot == from.slot && row.norm_block == from.norm_block) return false;",
         "if (!moved) return false;",
         "image",
         rebuild="cuda/table.cpp",
         **_BODY,
     ),
 ]
+_AROUND = [
+    Mutation(
+        "a check is forgotten",
+        "core/onepass.h",
+        "(q.check == 0 || is_finite(sums.with))",
+        "true",
+        "a sum that is not finite skips",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "a micro-batch that is left out counts",
+        "core/onepass.h",
+        "if (take) v.weight = v.weight + weight;",
+        "v.weight = v.weight + weight;",
+        "one that is not finite does not count",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "a window keeps its weight",
+        "core/onepass.h",
+        "v.weight = 0.0;",
+        "",
+        "the window is empty",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "a window of nothing is an update",
+        "core/onepass.h",
+        "v.skip = total > 0.0 ? 0 : 1;",
+        "v.skip = 0;",
+        "nothing is left",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "the norm of a window ignores what was left out",
+        "core/onepass.h",
+        "v.norm = sqrt(take ? sums.with : sums.without) * factor;",
+        "v.norm = sqrt(sums.with) * factor;",
+        "the last one is left out",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "clipping forgets the scale",
+        "core/onepass.h",
+        "factor = factor * coefficient;",
+        "factor = coefficient;",
+        "unscaled, clipped",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "a norm keeps the sums of rows that take no part",
+        "cpu/driver.cpp",
+        "std::fill_n(task.sums, norm_blocks(piece.count), NormSums{});",
+        "",
+        "norm: .* on generic: block",
+        rebuild="cpu/driver.cpp",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "a norm skips a block's tail",
+        "cpu/kernels.h",
+        "if (g != nullptr) __builtin_memcpy(grad_buffer, g, count * sizeof(G));",
+        "if (g != nullptr) __builtin_memcpy(grad_buffer, g, (count - 1) * sizeof(G));",
+        "norm: .* on generic: block",
+        rebuild="cpu/tier_generic.cpp",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "a norm forgets what gradients weigh",
+        "cpu/kernels.h",
+        "g = grad != nullptr ? a + g * in : a;",
+        "g = grad != nullptr ? a + g : a;",
+        "norm: .* on generic: block",
+        rebuild="cpu/tier_generic.cpp",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "gradients that are left out are accumulated",
+        "cpu/kernels.h",
+        "const bool take = task.pass.verdict->take != 0;",
+        "const bool take = true;",
+        "accumulation: .* on generic",
+        rebuild="cpu/tier_generic.cpp",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "an accumulator is not cleared",
+        "cpu/kernels.h",
+        "store(at.accumulator + i, V{});",
+        "",
+        "surroundings: .* on generic",
+        **_GENERIC,
+    ),
+    Mutation(
+        "the average is of the parameter before",
+        "cpu/kernels.h",
+        "around.decay * average + around.rest * load(at.param + i)",
+        "around.decay * average + around.rest * p",
+        "surroundings: .* bfloat16/.* on generic",
+        **_GENERIC,
+    ),
+    Mutation(
+        "a lane's sums are taken for neighbours",
+        "cuda/norm.h",
+        "sum / kWidth * kTurn + lane * kWidth + sum % kWidth",
+        "lane * kSums + sum",
+        "norm: .* on a CUDA body: block",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "a device's accumulation takes every second access",
+        "cuda/norm.h",
+        "i < done; i += threads * kWidth",
+        "i < done; i += 2 * threads * kWidth",
+        "accumulation: .* on a CUDA body",
+        **_ONEPASS,
+    ),
+    Mutation(
+        "a skipped step leaves the accumulators full",
+        "cuda/body.h",
+        "if (accumulator != nullptr) { clear<1>(",
+        "if (false) { clear<1>(",
+        "skips",
+        **_BODY,
+    ),
+    Mutation(
+        "the average is of the unrounded parameter",
+        "cuda/body.h",
+        "rest * T(from_storage(to_storage<P>(param[i])))",
+        "rest * param[i]",
+        "surroundings: .* bfloat16/.* on a CUDA body",
+        **_BODY,
+    ),
+]
+MUTATIONS += _AROUND
 
 
 def mutate(text: str, mutation: Mutation) -> str:
@@ -395,8 +532,9 @@ def test_unmutated_passes(workshop: Workshop, tmp_path: Path, test: str) -> None
 
 
 def parameters() -> list:
-    """All mutations; slow ones compile every CUDA kernel's body."""
-    marks = {m.name: [pytest.mark.slow] for m in MUTATIONS if m.test in OWN_FLAGS and not m.rebuild}
+    """All mutations; slow ones compile every CUDA kernel's body, or are many."""
+    slow = [m for m in MUTATIONS if m.test in OWN_FLAGS and (m in _AROUND or not m.rebuild)]
+    marks = {m.name: [pytest.mark.slow] for m in slow}
     return [pytest.param(m, id=m.name, marks=marks.get(m.name, [])) for m in MUTATIONS]
 
 

@@ -165,7 +165,9 @@ def test_the_whole_chain_beside_torchs():
     fused = fusedopt.AdamW(
         ours.parameters(), lr=0.01, max_grad_norm=0.5, ema_decay=0.9, zero_grads=True
     )
-    our_scaler, their_scaler = (s("cpu", init_scale=256.0) for s in (fusedopt.GradScaler, torch.amp.GradScaler))
+    our_scaler, their_scaler = (
+        s("cpu", init_scale=256.0) for s in (fusedopt.GradScaler, torch.amp.GradScaler)
+    )
     reference = torch.optim.AdamW(theirs.parameters(), lr=0.01)
     average = AveragedModel(theirs, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     average.update_parameters(theirs)  # the first call copies
@@ -210,7 +212,9 @@ def test_a_limit_acts_as_clip_grad_norms(limit, value):
 @EACH_DTYPE
 def test_a_norm_is_within_an_ulp_of_float64(anywhere, dtype):
     for seed in range(3):
-        params = make_params([(5000,), (3,), (1, 700), (1023,), (1025,)], dtype, device=anywhere.device)
+        params = make_params(
+            [(5000,), (3,), (1, 700), (1023,), (1025,)], dtype, device=anywhere.device
+        )
         set_grads(params, seed, scale=10.0**seed)
         optimizer = fusedopt.SGD(params, lr=0.0, backend=anywhere.backend, max_grad_norm=1.0)
         optimizer.step()
@@ -260,9 +264,7 @@ def test_gradients_of_other_layouts(anywhere):
     params[1].grad = grads[1].detach().t().contiguous().t()
     optimizer = fusedopt.SGD(params, lr=0.5, backend=anywhere.backend, **EVERYTHING)
     wanted = norm64([p.grad for p in params])
-    expected = [
-        to_float64(p) - 0.5 * clip64(wanted, LIMIT) * to_float64(p.grad) for p in params
-    ]
+    expected = [to_float64(p) - 0.5 * clip64(wanted, LIMIT) * to_float64(p.grad) for p in params]
     optimizer.step()
     assert abs(float(optimizer.grad_norm) - wanted) <= ulp(wanted, torch.float32)
     for param, value in zip(params, expected, strict=True):

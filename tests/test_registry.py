@@ -22,8 +22,11 @@ CASES = "tests/cases.py"
 # Entries of these belong to the oracle that a rule's row names.
 BOUNDS = "tests/tolerances.py"
 ORACLE_TABLES = (("tests/oracle.py", "RULES"), (BOUNDS, "PARAM_ULPS"), (BOUNDS, "STATE_ULPS"))
-SHARED = {"amp", "backends", "functional", "optimizer", "packing"}  # modules of no rule
-SHARED_KERNELS = {"floor", "launcher", "math", "multi_tensor"}
+SHARED = {  # modules of no rule
+    *("amp", "backends", "elsewhere", "functional", "grad_scaler", "in_backward", "loading"),
+    *("onepass", "optimizer", "packing", "ranks", "routing"),
+}
+SHARED_KERNELS = {"floor", "launcher", "math", "multi_tensor", "norm"}
 # What must not know a rule by name, and would have to change with every rule if it did: all sources
 # in these places but a rule's own, whatever folder is added.
 NAMELESS = ("csrc", "triton_kernels", "fusedopt", "setup.py", "CMakeLists.txt")

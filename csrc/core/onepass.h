@@ -120,11 +120,11 @@ constexpr bool closes(Purpose purpose) {
 // nothing. Read by triton_kernels/multi_tensor.py.
 struct Question {
   Purpose purpose = Purpose::kUpdate;
-  int32_t check = 0;        // gradients whose sum is not finite are left out
-  int32_t mean = 1;         // a window's gradient is divided by its weight
-  int32_t grads = 1;        // the window has a micro-batch that is not in the accumulators
-  double max_norm = -1.0;   // clipped to this; negative: not clipped
-  double weight = 1.0;      // of these gradients in their window
+  int32_t check = 0;       // gradients whose sum is not finite are left out
+  int32_t mean = 1;        // a window's gradient is divided by its weight
+  int32_t grads = 1;       // the window has a micro-batch that is not in the accumulators
+  double max_norm = -1.0;  // clipped to this; negative: not clipped
+  double weight = 1.0;     // of these gradients in their window
   const double* live_weight = nullptr;  // instead of it
   const float* grad_scale = nullptr;    // what the gradients are still multiplied by
   const float* found_inf = nullptr;     // not 0: somebody found that they are not finite

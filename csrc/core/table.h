@@ -60,9 +60,9 @@ struct Slot {
 
 struct Table {
   StorageTuple storage;
-  int states = 0;             // of the rule
-  bool accumulates = false;   // rows have accumulators
-  bool averages = false;      // and averages of the parameters
+  int states = 0;            // of the rule
+  bool accumulates = false;  // rows have accumulators
+  bool averages = false;     // and averages of the parameters
   std::vector<Row> rows;
   std::vector<Layout> layouts;
   std::vector<Piece> pieces;

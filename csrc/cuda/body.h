@@ -118,7 +118,8 @@ struct Body {
   template <int kWidth>
   FUSEDOPT_HD static void gather_grad(const Chunk& chunk, const int64_t (&at)[kMaxArrays],
                                       T (&grad)[kWidth]) {
-    const bool take = chunk.grad != nullptr && (chunk.verdict == nullptr || chunk.verdict->take != 0);
+    const bool take =
+        chunk.grad != nullptr && (chunk.verdict == nullptr || chunk.verdict->take != 0);
     if (take) {
       load(grad, chunk.grad + at[1]);
     } else {

@@ -36,10 +36,10 @@ class Launcher {
                          const Verdict* verdict, Stream stream) = 0;
   // Sums the squares of a table's gradients, and makes a verdict of them if told to: one launch,
   // of a table without chunks too.
-  virtual Status norm(const StorageTuple& storage, const DeviceTable& table,
-                      const Measure& measure, const Question& question, Stream stream) = 0;
-  virtual Status accumulate(const StorageTuple& storage, const DeviceTable& table,
-                            const Pass& pass, Stream stream) = 0;
+  virtual Status norm(const StorageTuple& storage, const DeviceTable& table, const Measure& measure,
+                      const Question& question, Stream stream) = 0;
+  virtual Status accumulate(const StorageTuple& storage, const DeviceTable& table, const Pass& pass,
+                            Stream stream) = 0;
   // The traffic floor of a rule with so many states, over fp32 rows.
   virtual Status floor(int states, const DeviceTable& table, const Pass& pass, Stream stream) = 0;
 

@@ -1,6 +1,5 @@
-#include "cuda/norm.h"
-
 #include "cuda/kernels.h"
+#include "cuda/norm.h"
 
 namespace fusedopt::cuda {
 
@@ -61,8 +60,8 @@ __device__ void finish_norm(const Measure& measure, const Question& question) {
 
 // The grid of the updates; see update.cuh. The last block of threads to end sums up what all wrote.
 template <class G, class T>
-__global__ void __launch_bounds__(kThreads, 2) gradient_norm(DeviceTable table, Measure measure,
-                                                             Question question) {
+__global__ void __launch_bounds__(kThreads, 2)
+    gradient_norm(DeviceTable table, Measure measure, Question question) {
   using Body = NormBody<G, T>;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const T in = T(weight_in(question));

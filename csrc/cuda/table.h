@@ -88,10 +88,10 @@ FUSEDOPT_HD static bool skips(const Scaler& scaler, const Verdict* verdict) {
 struct Measure {
   NormSums* blocks;
   int64_t block_count;
-  NormSums* total;   // of all blocks; null: nobody asks for it
+  NormSums* total;  // of all blocks; null: nobody asks for it
   Verdict* verdict;
-  int32_t last;      // the last launch over these blocks: it sums them up
-  int32_t decides;   // and makes the verdict
+  int32_t last;     // the last launch over these blocks: it sums them up
+  int32_t decides;  // and makes the verdict
 };
 static_assert(sizeof(Measure) == 40 && offsetof(Measure, last) == 32 &&
               offsetof(Measure, decides) == 36);

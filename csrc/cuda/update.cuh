@@ -9,8 +9,7 @@ namespace fusedopt::cuda {
 
 // A persistent grid: blocks walk the chunks in address order.
 template <class Rule, int kVariant, class P, class G, class S>
-__global__ void __launch_bounds__(kThreads, 2) update(DeviceTable table, Scaler scaler,
-                                                       Pass pass) {
+__global__ void __launch_bounds__(kThreads, 2) update(DeviceTable table, Scaler scaler, Pass pass) {
   const bool skip = skips(scaler, pass.verdict);
   if (skip && !Body<Rule, kVariant, P, G, S>::clears(pass)) return;
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {

@@ -38,7 +38,7 @@ const float* amp_number(const at::Tensor& tensor, c10::Device device,
 // Copies parts of an image to where it lies on the device, in the order of the current stream. The
 // staging memory comes from torch's pinned allocator, which hands it out again once it was copied.
 void upload_ranges(const cuda::Image& image, const std::vector<cuda::Range>& ranges,
-            const at::Tensor& memory) {
+                   const at::Tensor& memory) {
   auto* to = static_cast<std::byte*>(memory.data_ptr());
   for (const cuda::Range& range : ranges) {
     const size_t bytes = range.end - range.begin;

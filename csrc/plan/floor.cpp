@@ -44,15 +44,16 @@ TrafficFloor::TrafficFloor(const pybind11::list& rows, const pybind11::object& l
     Row& row = table_.rows.emplace_back();
     row.numel = static_cast<int64_t>(arrays[0].nbytes() / 4);
     row.param = arrays[0].mutable_data_ptr();
-    row.grad = zero_grads ? arrays[1].mutable_data_ptr() : const_cast<void*>(arrays[1].const_data_ptr());
+    row.grad =
+        zero_grads ? arrays[1].mutable_data_ptr() : const_cast<void*>(arrays[1].const_data_ptr());
     row.norm_block = blocks_;
     blocks_ += norm_blocks(row.numel);
     for (size_t k = 2; k < width; ++k) row.state[k - 2] = arrays[k].mutable_data_ptr();
   }
   table_.states = width == 0 ? 0 : static_cast<int>(width) - 2;
-  sums_ = at::zeros({blocks_ * static_cast<int64_t>(sizeof(NormSums)) +
-                     static_cast<int64_t>(sizeof(Verdict))},
-                    at::TensorOptions(at::kByte).device(device_));
+  sums_ = at::zeros(
+      {blocks_ * static_cast<int64_t>(sizeof(NormSums)) + static_cast<int64_t>(sizeof(Verdict))},
+      at::TensorOptions(at::kByte).device(device_));
   if (launcher.is_none()) {
     table_.cut(kCpuChunkElements);
   } else {

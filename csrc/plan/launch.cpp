@@ -14,9 +14,7 @@ namespace fusedopt {
 
 namespace {
 
-Verdict* verdict_at(const at::Tensor& memory) {
-  return static_cast<Verdict*>(memory.data_ptr());
-}
+Verdict* verdict_at(const at::Tensor& memory) { return static_cast<Verdict*>(memory.data_ptr()); }
 
 NormSums* sums_at(const at::Tensor& memory) { return static_cast<NormSums*>(memory.data_ptr()); }
 
@@ -32,7 +30,8 @@ void StepPlan::check_capture(const Launch& launch) const {
     }
     if (purpose_ != Purpose::kUpdate) {
       throw std::runtime_error(
-          "step() cannot be captured in a CUDA graph: gradients are being accumulated, and a replay "
+          "step() cannot be captured in a CUDA graph: gradients are being accumulated, and a "
+          "replay "
           "cannot tell where in its window it is; capture forward and backward alone");
     }
     if (host.fresh) {
@@ -126,7 +125,8 @@ void StepPlan::launch(const AmpTensors& amp) {
   const std::vector<Board> on_devices = boards(numbers, captures);
   for (size_t i = 0; i < launches_.size(); ++i) {
     const Launch& launch = launches_[i];
-    if (launch.on_device != nullptr) launch.on_device->step(on_devices[i], launch.table, numbers[i]);
+    if (launch.on_device != nullptr)
+      launch.on_device->step(on_devices[i], launch.table, numbers[i]);
   }
   const std::vector<Work> work = host_work({});
   const py::gil_scoped_release no_gil;
@@ -172,8 +172,8 @@ void StepPlan::launch_norms(const Side& side, const std::vector<Board>& boards,
 // Fills every side's verdict: from the norm of all rows, where it is asked for.
 void StepPlan::measure(const std::vector<Board>& boards, const std::vector<Question>& questions,
                        const py::object& reduce) {
-  const bool sums = purpose_ == Purpose::kAccumulate ? onepass_->check
-                                                     : onepass_->measures || onepass_->check;
+  const bool sums =
+      purpose_ == Purpose::kAccumulate ? onepass_->check : onepass_->measures || onepass_->check;
   const bool apart = sides_.size() > 1 || sides_[0].specs.size() > 1 || sides_[0].specs[0];
   if (sums && apart) return measure_apart(boards, questions, reduce);
   for (size_t s = 0; s < sides_.size(); ++s) {
@@ -211,8 +211,7 @@ void StepPlan::measure_apart(const std::vector<Board>& boards,
   for (size_t s = 0; s < sides_.size(); ++s) {
     const Side& side = sides_[s];
     const auto segments = static_cast<int64_t>(side.specs.size());
-    at::Tensor total =
-        at::zeros({segments, 2}, at::TensorOptions(at::kDouble).device(side.device));
+    at::Tensor total = at::zeros({segments, 2}, at::TensorOptions(at::kDouble).device(side.device));
     NormSums* blocks = sums_at(side.blocks);
     if (side.launcher == nullptr) {
       std::vector<Work> work = host_work({});

@@ -204,7 +204,7 @@ class StepPlan {
   std::shared_ptr<CapturedTables> captured_;
   std::shared_ptr<OnePass> onepass_;
   Purpose purpose_ = Purpose::kUpdate;  // of the last `refresh`
-  c10::DispatchKeySet host_keys_;  // of a plain tensor in memory
+  c10::DispatchKeySet host_keys_;       // of a plain tensor in memory
   std::vector<Group> groups_;
   std::vector<Schema> schemas_;
   std::vector<HostRow> rows_;

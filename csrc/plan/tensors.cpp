@@ -130,8 +130,7 @@ std::optional<Layout> strided_layout(const std::vector<at::Tensor>& arrays) {
   Layout layout;
   const auto joins = [&](int64_t outer, int64_t inner) {
     return std::all_of(arrays.begin(), arrays.end(), [&](const at::Tensor& array) {
-      return !array.defined() ||
-             array.stride(outer) == array.stride(inner) * array.size(inner);
+      return !array.defined() || array.stride(outer) == array.stride(inner) * array.size(inner);
     });
   };
   const int64_t unit = components(param);

@@ -64,8 +64,8 @@ inline RunChunk floor_of(int states) {
 
 inline RunSlot prepare_of(int rule, bool in_double) {
   int index = 0;
-#define FIND(name, Rule)                                                   \
-  if (rule == index++) {                                                   \
+#define FIND(name, Rule)                                                                   \
+  if (rule == index++) {                                                                   \
     return in_double ? cuda::prepare_slot<Rule, double> : cuda::prepare_slot<Rule, float>; \
   }
   FUSEDOPT_FOR_EACH_RULE(FIND)
@@ -81,8 +81,8 @@ void run_norm(const cuda::DeviceTable& table, const Question& question,
   const cuda::DeviceChunk piece = table.chunks[chunk];
   const cuda::DeviceRow& row = table.rows[piece.row];
   for (int64_t done = 0; done < piece.count; done += kNormBlock) {
-    const int count = static_cast<int>(piece.count - done < kNormBlock ? piece.count - done
-                                                                       : kNormBlock);
+    const int count =
+        static_cast<int>(piece.count - done < kNormBlock ? piece.count - done : kNormBlock);
     double with[kNormClasses];
     double without[kNormClasses];
     for (int lane = 0; lane < cuda::kLanes; ++lane) {
@@ -94,7 +94,7 @@ void run_norm(const cuda::DeviceTable& table, const Question& question,
       }
     }
     measure.blocks[row.norm_block + (piece.begin + done) / kNormBlock] = {fold(with),
-                                                                         fold(without)};
+                                                                          fold(without)};
   }
 }
 

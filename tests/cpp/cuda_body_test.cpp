@@ -3,45 +3,15 @@
 // that see an access outside an array or at an address it is not aligned for.
 #include <array>
 
+#include "bodies.h"
 #include "check.h"
-#include "cuda/body.h"
 #include "cuda/image.h"
-#include "cuda/prepare.h"
 #include "job.h"
 
 namespace {
 
 using namespace fusedopt;
 using namespace fusedopt::testing;
-
-using RunChunk = void (*)(const cuda::DeviceTable& table, const cuda::Scaler& scaler, int64_t chunk,
-                          int thread, int threads);
-
-template <class Rule, int kVariant = 0>
-RunChunk find_variant_body(int variant, int storage) {
-  if constexpr (kVariant < Rule::kVariants) {
-    if (variant != kVariant) return find_variant_body<Rule, kVariant + 1>(variant, storage);
-    constexpr RunChunk kBodies[] = {
-#define BODY(P, G, S)                                                              \
-  cuda::Body<Rule, kVariant, StorageOf<DType::P>::Type, StorageOf<DType::G>::Type, \
-             StorageOf<DType::S>::Type>::run,
-        FUSEDOPT_FOR_EACH_STORAGE(BODY)
-#undef BODY
-    };
-    return kBodies[storage];
-  } else {
-    return nullptr;
-  }
-}
-
-RunChunk find_body(int rule, int variant, int storage) {
-  int index = 0;
-#define FIND(name, Rule) \
-  if (rule == index++) return find_variant_body<Rule>(variant, storage);
-  FUSEDOPT_FOR_EACH_RULE(FIND)
-#undef FIND
-  return nullptr;
-}
 
 // Which access widths the rows of all jobs were given, so that none goes untested.
 std::array<long, 1 + cuda::kAccessBytes> seen_widths = {};
@@ -51,7 +21,7 @@ void run_launch(const Job& job, const Table& table, int64_t chunk_elements, int 
                 const cuda::Scaler& scaler) {
   std::vector<cuda::DeviceRow> rows(table.rows.size());
   for (size_t r = 0; r < rows.size(); ++r) {
-    cuda::update_row(table.rows[r], table.storage, table.states, rows[r]);
+    cuda::update_row(table.rows[r], table, rows[r]);
     ++seen_widths[rows[r].width];
   }
   std::vector<cuda::DeviceLayout> layouts;
@@ -60,9 +30,11 @@ void run_launch(const Job& job, const Table& table, int64_t chunk_elements, int 
   cuda::cut(table, chunk_elements, chunks);
   const cuda::DeviceTable device{rows.data(), chunks.data(), layouts.data(), table.slots.data(),
                                  static_cast<int64_t>(chunks.size())};
-  const RunChunk body = find_body(job.rule->index, job.variant(), storage_index(job.storage));
+  const RunChunk body = update_of(job.rule->index, job.variant(), storage_index(job.storage));
   for (int64_t chunk = 0; chunk < device.chunk_count; ++chunk) {
-    for (int thread = 0; thread < threads; ++thread) body(device, scaler, chunk, thread, threads);
+    for (int thread = 0; thread < threads; ++thread) {
+      body(device, scaler, job.pass, chunk, thread, threads);
+    }
   }
 }
 
@@ -101,6 +73,47 @@ void test_layouts() {
     job.expect();
     check(job, 16, 4, "layouts");
   });
+}
+
+// As in driver_test.cpp.
+void test_surroundings() {
+  for (const bool take : {true, false}) {
+    const Verdict verdict = some_verdict(take);
+    for_each_variant([&](Job job) {
+      job.surround({&verdict, take ? 1 : 0});
+      for (int64_t n = 0; n <= 35; ++n) job.add_row(n, n, n % 7 != 3, -1);
+      job.add_row(300, 300, true, -1);
+      job.table.layouts.push_back(make_layout({3, 5, 7}, kMaxArrays));
+      job.add_row(105, extent_of(job.table.layouts[0], kMaxArrays), true, 0);
+      job.expect();
+      check(job, 64, 4, "surroundings");
+    });
+  }
+}
+
+// A skipped step clears accumulators, and gradients if asked to, and touches nothing else.
+void test_skips() {
+  for (const bool zero : {true, false}) {
+    Verdict verdict = some_verdict(true);
+    verdict.skip = 1;
+    Job job(find_rule("adamw"), all_variants(find_rule("adamw")).front(), kStorageTuples[3]);
+    job.surround({&verdict, zero ? 1 : 0});
+    for (const int64_t n : {1, 40, 65}) job.add_row(n, n, true, -1);
+    job.table.layouts.push_back(make_layout({3, 5, 7}, kMaxArrays));
+    job.add_row(105, extent_of(job.table.layouts[0], kMaxArrays), true, 0);
+    for (size_t r = 0; r < job.arrays.size(); ++r) {
+      for (const int a : {1, 2 + kAccumulator}) {
+        if (!job.has(r, a) || (a == 1 && !zero)) continue;
+        for (int64_t i = 0; i < job.table.rows[r].numel; ++i) {
+          job.expected[r][a].set(job.element(job.table.rows[r], a, i), 0.0);
+        }
+      }
+    }
+    Job run = job;
+    run.connect();
+    run_launch(run, run.table, 64, 4, {});
+    run.compare(job, "skips", /*moves=*/false);
+  }
 }
 
 // Gradients are divided by the scale, and stay so.
@@ -151,8 +164,9 @@ void test_prepare(const RuleInfo& rule, DType dtype) {
     std::vector<std::byte> slots(3 * size);
     std::vector<std::byte> expected(3 * size);
     const cuda::PrepareTable table{prepare, hypers, slots.data(), 3};
+    const cuda::Scaler scaler{nullptr, &found_inf};
     const auto run = [&] {
-      for (int64_t i = 0; i < 3; ++i) cuda::prepare_slot<Rule, T>(table, {nullptr, &found_inf}, i);
+      for (int64_t i = 0; i < 3; ++i) cuda::prepare_slot<Rule, T>(table, scaler, nullptr, i);
     };
     run();
     const std::string what = std::string("prepare: ") + rule.name;
@@ -259,6 +273,8 @@ int main() {
   test_image();
   test_rows();
   test_layouts();
+  test_surroundings();
+  test_skips();
   test_grad_scale();
   return check::finish("cuda_body_test", checked);
 }

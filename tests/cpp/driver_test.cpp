@@ -16,7 +16,8 @@ using namespace fusedopt;
 using namespace fusedopt::testing;
 
 Work work_of(const Job& job, const Table& table, const Tier& tier) {
-  return {&table, tier.kernel(job.rule->index, job.variant(), storage_index(job.storage))};
+  return {&table, tier.kernel(job.rule->index, job.variant(), storage_index(job.storage)),
+          Work::Kind::kUpdate, job.pass};
 }
 
 void check(const Job& job, const Tier& tier, const RunWorkers& workers, const std::string& what) {
@@ -76,6 +77,28 @@ void test_layouts() {
     job.expect();
     for (const Tier& tier : tiers_here()) check(job, tier, three_threads, "layouts");
   });
+}
+
+// Accumulators, averages, a factor, gradients that are left out or cleared, for rows that have all of
+// these or some.
+void test_surroundings() {
+  for (const bool take : {true, false}) {
+    const Verdict verdict = some_verdict(take);
+    for_each_variant([&](Job job) {
+      job.surround({&verdict, take ? 1 : 0});
+      for (const int64_t n : {1, 0, 15, 16, 17, 33, 64, 65, 700}) job.add_row(n, n, n != 33, -1);
+      for (const std::vector<int64_t>& sizes : {std::vector<int64_t>{7, 30}, {3, 5, 2, 70}}) {
+        int64_t numel = 1;
+        for (const int64_t size : sizes) numel *= size;
+        job.table.layouts.push_back(make_layout(sizes, kMaxArrays));
+        job.add_row(numel, extent_of(job.table.layouts.back(), kMaxArrays), true,
+                    static_cast<int32_t>(job.table.layouts.size()) - 1);
+      }
+      job.table.cut(1024);
+      job.expect();
+      for (const Tier& tier : tiers_here()) check(job, tier, three_threads, "surroundings");
+    });
+  }
 }
 
 // Cutting must not change a bit: rows longer than chunks, chunks of many rows, every thread count.
@@ -169,7 +192,7 @@ void test_conversions() {
       std::vector<uint16_t> rounded(floats.size(), 0x8000);
       const Span stored{rounded.data(), floats.data(), {}, count};
       tier.kernel(rule.index, narrow.variant(), storage_index(narrow.storage))(
-          stored, stored, narrow.table.slots.data());
+          stored, stored, Task{narrow.table.slots.data()});
       for (size_t i = 0; i < floats.size(); ++i) {
         ++checked;
         CHECK(bits16::same(bits16::decode(format, rounded[i]), bits16::nearest(format, floats[i])),
@@ -181,8 +204,8 @@ void test_conversions() {
       std::vector<uint16_t> params(patterns.size(), 0);
       std::vector<float> buffers(patterns.size(), -1.0f);
       const Span loaded{params.data(), patterns.data(), {buffers.data()}, 0x10000};
-      tier.kernel(rule.index, wide.variant(), storage_index(wide.storage))(loaded, loaded,
-                                                                           wide.table.slots.data());
+      tier.kernel(rule.index, wide.variant(), storage_index(wide.storage))(
+          loaded, loaded, Task{wide.table.slots.data()});
       for (size_t i = 0; i < patterns.size(); ++i) {
         ++checked;
         CHECK(bits16::same(buffers[i], bits16::decode(format, patterns[i])),
@@ -218,6 +241,7 @@ int main() {
   test_chunks();
   test_sizes();
   test_layouts();
+  test_surroundings();
   test_tables();
   std::string tiers;
   for (const Tier& tier : tiers_here()) tiers += std::string(tiers.empty() ? "" : ", ") + tier.name;

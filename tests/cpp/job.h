@@ -21,24 +21,44 @@ inline std::mt19937 random_bits(0);
 
 // ---- The scalar path -------------------------------------------------------------------------
 
-using Reference = void (*)(const Span& span, const void* slot);
+using Reference = void (*)(const Span& span, const void* slot, const Pass& pass);
+
+// The gradient that the rule sees, up to the factor; what it is taken from is cleared.
+template <class T, class G>
+T take_grad(const Span& span, int64_t i, const Pass& pass) {
+  auto* grad = static_cast<G*>(span.grad);
+  auto* accumulator = static_cast<T*>(span.state[kAccumulator]);
+  const bool take = grad != nullptr && (pass.verdict == nullptr || pass.verdict->take != 0);
+  T seen = take ? T(widen(grad[i])) : T(0);
+  if (accumulator != nullptr) {
+    seen = take ? accumulator[i] + seen * pass.verdict->in<T>() : accumulator[i];
+    accumulator[i] = 0;
+  }
+  if (grad != nullptr && pass.zero_grads != 0) grad[i] = Narrow<G>::from(0);
+  return seen;
+}
 
 template <class Rule, int kVariant, class P, class G, class S>
-void update_elements(const Span& span, const void* slot_bytes) {
+void update_elements(const Span& span, const void* slot_bytes, const Pass& pass) {
   using T = typename ComputeOf<P>::Type;
   constexpr int kStates = Rule::states(kVariant).count;
   Slot<T, typename Rule::template Scalars<T>> slot;
   std::memcpy(&slot, slot_bytes, sizeof slot);
+  const T factor = slot.grad_factor * (pass.verdict != nullptr ? pass.verdict->factor<T>() : T(1));
   for (int64_t i = 0; i < span.count; ++i) {
     P& stored = static_cast<P*>(span.param)[i];
     T param = widen(stored);
-    const T grad = T(widen(static_cast<const G*>(span.grad)[i])) * slot.grad_factor;
+    const T grad = take_grad<T, G>(span, i, pass) * factor;
     T state[kMaxStates] = {};
     for (int k = 0; k < kStates; ++k) state[k] = widen(static_cast<S*>(span.state[k])[i]);
     Rule::template update<kVariant>(param, grad, state, slot.scalars);
     stored = Narrow<P>::from(param);
     for (int k = 0; k < kStates; ++k) {
       static_cast<S*>(span.state[k])[i] = Narrow<S>::from(state[k]);
+    }
+    if (auto* average = static_cast<T*>(span.state[kAverage])) {
+      average[i] = pass.verdict->ema_decay<T>() * average[i] +
+                   pass.verdict->ema_rest<T>() * T(widen(stored));
     }
   }
 }
@@ -194,7 +214,8 @@ struct Job {
   StorageTuple storage;
   StateNames states;
   Table table;
-  std::vector<std::vector<Array>> arrays;    // a row: parameter, gradient, states
+  Pass pass;
+  std::vector<std::vector<Array>> arrays;    // a row's, by their place; empty where it has none
   std::vector<std::vector<Array>> expected;  // the same before and, once `expect` ran, after
 
   Job(const RuleInfo& r, const HyperValues& h, StorageTuple s)
@@ -202,10 +223,19 @@ struct Job {
     table.storage = storage;
     table.states = states.count;
     table.slot_size = r.slot_size(storage.param);
+    for (int a = 0; a < 2 + states.count; ++a) places_.push_back(a);
     // The first step; a later one; a late one that maximizes.
     add_slot(1, true, 1.0);
     add_slot(7, false, 1.0);
     add_slot(1000, false, -1.0);
+  }
+
+  // Adds to the rows to come what is around an update: accumulators and averages.
+  void surround(const Pass& with) {
+    pass = with;
+    table.accumulates = table.averages = true;
+    places_.push_back(2 + kAccumulator);
+    places_.push_back(2 + kAverage);
   }
 
   int variant() const { return rule->variant(hyper); }
@@ -223,12 +253,12 @@ struct Job {
 
   // `extent` elements of memory an array hold the row's `numel` elements.
   void add_row(int64_t numel, int64_t extent, bool active, int32_t layout) {
-    std::vector<Array> row;
-    for (int a = 0; a < 2 + states.count; ++a) {
-      const DType dtype = a == 0 ? storage.param : a == 1 ? storage.grad : storage.state;
-      row.emplace_back(dtype, extent, static_cast<int64_t>(random_bits() % 4));
+    std::vector<Array> row(kMaxArrays);
+    for (const int a : places_) {
+      row[a] = Array(table.dtype(a), extent, static_cast<int64_t>(random_bits() % 4));
       for (int64_t i = 0; i < extent; ++i) {
-        row[a].set(i, a < 2 ? random_value() : random_state(states.names[a - 2]));
+        const bool of_rule = a >= 2 && a < 2 + kAccumulator;
+        row[a].set(i, of_rule ? random_state(states.names[a - 2]) : random_value());
       }
     }
     const auto r = static_cast<int32_t>(arrays.size());
@@ -239,8 +269,17 @@ struct Job {
     entry.slot = r % 3;
     entry.layout = layout;
     table.rows.push_back(entry);
-    if (!active) table.rows.back().grad = nullptr;
     active_.push_back(active);
+  }
+
+  // Whether a row takes part in the step. Around an update it may lack its gradient or its
+  // accumulator, but not both.
+  bool has(size_t row, int array) const {
+    if (std::find(places_.begin(), places_.end(), array) == places_.end()) return false;
+    const bool surrounded = table.accumulates;
+    if (array == 1) return active_[row] && !(surrounded && row % 3 == 1);
+    if (array == 2 + kAccumulator) return active_[row] && row % 3 != 2;
+    return true;
   }
 
   // Points the table at the arrays; call when all rows are there.
@@ -248,8 +287,10 @@ struct Job {
     for (size_t r = 0; r < arrays.size(); ++r) {
       Row& row = table.rows[r];
       row.param = arrays[r][0].at(0);
-      row.grad = active_[r] ? arrays[r][1].at(0) : nullptr;
-      for (int k = 0; k < states.count; ++k) row.state[k] = arrays[r][2 + k].at(0);
+      row.grad = has(r, 1) ? arrays[r][1].at(0) : nullptr;
+      for (int k = 0; k < kMaxRowStates; ++k) {
+        row.state[k] = has(r, 2 + k) ? arrays[r][2 + k].at(0) : nullptr;
+      }
     }
   }
 
@@ -272,25 +313,25 @@ struct Job {
       for (int64_t i = 0; i < row.numel; ++i) {
         Span span{};
         span.param = expected[r][0].at(element(row, 0, i));
-        span.grad = expected[r][1].at(element(row, 1, i));
-        for (int k = 0; k < states.count; ++k) {
-          span.state[k] = expected[r][2 + k].at(element(row, 2 + k, i));
+        if (has(r, 1)) span.grad = expected[r][1].at(element(row, 1, i));
+        for (int k = 0; k < kMaxRowStates; ++k) {
+          if (has(r, 2 + k)) span.state[k] = expected[r][2 + k].at(element(row, 2 + k, i));
         }
         span.count = 1;
-        reference(span, table.slots.data() + row.slot * table.slot_size);
+        reference(span, table.slots.data() + row.slot * table.slot_size, pass);
       }
     }
   }
 
   // Compares every element of memory, gaps and the rows that take no part included, with
   // `expected`. One failure a job, of its first element, so that the report stays readable.
-  void compare(const Job& before, const std::string& where) const {
+  void compare(const Job& before, const std::string& where, bool moves = true) const {
     std::string first;
     int64_t wrong = 0;
     int64_t updated = 0;
     int64_t moved = 0;
     for (size_t r = 0; r < arrays.size(); ++r) {
-      for (size_t a = 0; a < arrays[r].size(); ++a) {
+      for (const int a : places_) {
         const Array& got = arrays[r][a];
         const Array& wanted = expected[r][a];
         const auto extent = static_cast<int64_t>(got.bytes.size()) / item_size(got.dtype);
@@ -311,8 +352,9 @@ struct Job {
     }
     CHECK(wrong == 0, where + ": " + std::to_string(wrong) + " elements differ, first " + first);
     // Zero gradients, infinities and half precision leave some where they were.
-    CHECK(moved * 2 > updated, where + ": only " + std::to_string(moved) + " of " +
-                                   std::to_string(updated) + " parameters moved");
+    CHECK(moves ? moved * 2 > updated : moved == 0, where + ": only " + std::to_string(moved) +
+                                                        " of " + std::to_string(updated) +
+                                                        " parameters moved");
   }
 
   // Runs a driver on a copy of this job and compares.
@@ -326,7 +368,19 @@ struct Job {
 
  private:
   std::vector<bool> active_;
+  std::vector<int> places_;  // of the arrays that rows have
 };
+
+// A verdict with numbers of its own in every place that an update reads.
+inline Verdict some_verdict(bool take) {
+  Verdict verdict;
+  verdict.factor64 = verdict.factor32 = 0.625f;
+  verdict.in64 = verdict.in32 = 1.5f;
+  verdict.ema_decay64 = verdict.ema_decay32 = 0.75f;
+  verdict.ema_rest64 = verdict.ema_rest32 = 0.25f;
+  verdict.take = take ? 1 : 0;
+  return verdict;
+}
 
 template <class Visit>
 void for_each_variant(const Visit& visit) {

@@ -1,0 +1,664 @@
+"""Steps inside of the backward: gradients are used as they are produced, and freed."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._C._dynamo import eval_frame as _eval_frame
+
+from fusedopt._extension import _C
+from fusedopt.elsewhere import check_nobody_else_accumulates
+from fusedopt.onepass import ACCUMULATOR, OnePass, _initializes
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.routing import describe
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+_BUCKET_BYTES = 32 * 2**20
+# Place of the window's weight in a Verdict's memory; csrc/core/onepass.h.
+_WEIGHT = slice(0, 8)
+
+
+def step_in_backward(optimizer: FusedOptimizer, *, bucket_bytes: int = _BUCKET_BYTES) -> InBackward:
+    """Has every ``backward()`` update the parameters, and free each gradient once it was used.
+
+    Parameters are collected as their gradients become complete. When these have come to
+    ``bucket_bytes``, and when the backward ends, one launch updates them, and their ``.grad``
+    becomes None. So gradients never take more memory than
+
+        ``bucket_bytes`` + the largest gradient
+
+    instead of the sum of all, and the results are those of ``backward(); step(); zero_grad()``, bit
+    for bit. ``step()`` has nothing left to do: calling it does no harm, and step hooks fire around
+    it alone. With ``accumulation_steps=n`` every backward is a micro-batch, whose gradients go to
+    the accumulators in the same way, and every n-th one updates; one that reaches none of the
+    parameters is not noticed. ``ema_decay`` works.
+
+    A parameter is updated while the backward still runs. What the graph has saved of it for other
+    purposes is out of date then, and torch raises where it is needed, as in a second backward
+    through a retained graph. ``torch.utils.checkpoint(use_reentrant=True)`` runs backwards inside
+    of the backward; together they are one step. A parameter of several of them raises, if it was
+    updated before its last gradient came; ``use_reentrant=False`` has no such limit.
+
+    An exception inside of a backward leaves updated what was updated, and drops the gradients that
+    were collected. Of a window of accumulation it drops all, if gradients of that backward had been
+    added to it.
+
+    FSDP2 (``fully_shard``) works: it calls hooks with gradients that are reduced already.
+
+    Args:
+        optimizer: A fusedopt optimizer. Keep a reference to it: a backward after it is gone raises.
+        bucket_bytes: Smaller ones take less memory and more launches.
+
+    Returns:
+        An `InBackward`, whose ``remove()`` makes steps ordinary again, as does the end of a
+        ``with`` block over it.
+
+    Raises:
+        TypeError: ``optimizer`` is something else.
+        ValueError: ``bucket_bytes`` is not a whole number above 0; the optimizer has
+            ``max_grad_norm`` or ``skip_nonfinite``, which need all gradients before the first
+            update, or ``zero_grads``, which keeps the memory that this frees.
+        RuntimeError: the optimizer or one of its parameters steps in a backward already;
+            `accumulate` has begun a window; DistributedDataParallel or FSDP1 hold a parameter, and
+            reduce its gradient after this has used it - found here, or in the first backward. A
+            GradScaler's step, as updates cannot know the scale, and ``accumulate()`` raise later.
+
+    Example:
+        >>> import torch, fusedopt
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> optimizer = fusedopt.SGD(model.parameters(), lr=0.5)
+        >>> with fusedopt.step_in_backward(optimizer):
+        ...     for _ in range(3):
+        ...         model(torch.ones(1)).sum().backward()
+        >>> model.weight.item(), model.weight.grad
+        (-0.5, None)
+    """
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}; step_in_backward() needs a fusedopt "
+            "optimizer, whose steps can be taken in parts"
+        )
+    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
+        raise ValueError(
+            f"bucket_bytes={bucket_bytes!r} must be a whole number, 1 or larger: the bytes of "
+            "gradients that are collected before they are used, such as 32 * 2**20"
+        )
+    if optimizer._in_backward is not None:
+        raise RuntimeError(
+            "this optimizer steps in the backward already; call remove() on what the first "
+            "step_in_backward() returned before another one"
+        )
+    return InBackward(optimizer, bucket_bytes)
+
+
+class InBackward:
+    """What `step_in_backward` returns: an optimizer's hooks on its parameters.
+
+    The optimizer owns it, and hooks know it by weak references, so that a dropped model is freed
+    without waiting for a garbage collection.
+    """
+
+    def __init__(self, optimizer: FusedOptimizer, bucket_bytes: int) -> None:
+        self.bucket_bytes = bucket_bytes
+        self._reference = weakref.ref(optimizer)
+        self._hook = _Hook(self)
+        self._hooked: dict[int, tuple[Tensor, RemovableHandle]] = {}
+        # Hooks of parameters on several devices run in as many threads.
+        self._lock = threading.RLock()
+        self._looked_for_wrappers = False
+        self._stepping = False
+        # Of the backwards that run now, the outermost and those inside of it, by torch's number:
+        # the callable that torch holds until it ends. One that dies has ended in an exception.
+        self._tasks: dict[int, weakref.ref[_Ending]] = {}
+        self._way_out: weakref.ref[_WayOut] | None = None
+        self._part: _Part | None = None
+        self._start_over()
+        self._check(optimizer)
+        _check_wrappers(optimizer)
+        self.adopt()
+        optimizer._in_backward = self
+        # torch's GradScaler then leaves scaling to step(), which can say what is wrong with it.
+        self._supports_amp = optimizer.__dict__.get("_step_supports_amp_scaling")
+        optimizer.__dict__["_step_supports_amp_scaling"] = True
+
+    def __enter__(self) -> InBackward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Makes steps ordinary again. Once is enough.
+
+        Raises:
+            RuntimeError: a backward is running.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError("remove() inside of a backward, whose step it would cut in two")
+        with self._lock:
+            self._abandon()
+            for _, handle in self._hooked.values():
+                handle.remove()
+            self._hooked.clear()
+            optimizer = self._reference()
+            if optimizer is None or optimizer._in_backward is not self:
+                return
+            optimizer._in_backward = None
+            del optimizer.__dict__["_step_supports_amp_scaling"]
+            if self._supports_amp is not None:
+                optimizer.__dict__["_step_supports_amp_scaling"] = self._supports_amp
+
+    @property
+    def optimizer(self) -> FusedOptimizer:
+        """The optimizer."""
+        optimizer = self._reference()
+        if optimizer is None:
+            raise _gone()
+        return optimizer
+
+    # ---- What the optimizer asks -----------------------------------------------------------------
+
+    def adopt(self) -> None:
+        """Puts hooks on the parameters that the optimizer has now, or raises and puts none."""
+        params = {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
+        new = [param for key, param in params.items() if key not in self._hooked]
+        new = [param for param in new if param.is_floating_point() or param.is_complex()]
+        for param in new:
+            for number, hook in list((param._post_accumulate_grad_hooks or {}).items()):
+                if isinstance(hook, _Hook):
+                    if hook.alive:
+                        raise RuntimeError(
+                            f"a parameter of shape {tuple(param.shape)} is updated in the backward "
+                            "by another optimizer, which frees its gradient; call remove() there"
+                        )
+                    del param._post_accumulate_grad_hooks[number]
+        try:
+            for param in new:
+                frozen = not param.requires_grad
+                if frozen:  # torch wants one that is not; the hook stays for the day it is trained
+                    param.requires_grad_(True)
+                handle = param.register_post_accumulate_grad_hook(self._hook)
+                self._hooked[id(param)] = (param, handle)
+                if frozen:
+                    param.requires_grad_(False)
+        except BaseException:  # of an inference tensor
+            for param in new:
+                if id(param) in self._hooked:
+                    self._hooked.pop(id(param))[1].remove()
+            raise
+        for key in self._hooked.keys() - params.keys():
+            self._hooked.pop(key)[1].remove()
+
+    def adopt_group(self) -> None:
+        """The same for a param group that was added last; takes it out if that cannot be."""
+        try:
+            self.adopt()
+        except BaseException:
+            self.optimizer.param_groups.pop()
+            raise
+
+    def took_step(self) -> bool:
+        """Whether ``step()`` has nothing to do; otherwise gradients were set by hand.
+
+        Raises:
+            RuntimeError: a GradScaler calls it; there is no telling what micro-batch these are of.
+        """
+        if self._stepping:
+            return False
+        optimizer = self.optimizer
+        if hasattr(optimizer, "grad_scale") or hasattr(optimizer, "found_inf"):
+            optimizer.__dict__.pop("grad_scale", None)  # torch's would leave them there
+            optimizer.__dict__.pop("found_inf", None)
+            self.refuse_scaler()
+        if not any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
+            return True
+        if optimizer.accumulation_steps > 1 and not _initializes(optimizer):
+            raise RuntimeError(
+                "step() found gradients that no backward made, with accumulation_steps="
+                f"{optimizer.accumulation_steps}: under step_in_backward() it is a backward that "
+                "counts as a micro-batch; call zero_grad(), or remove() first. Nothing was changed"
+            )
+        return False
+
+    def refuse_scaler(self) -> None:
+        """Raises for a GradScaler."""
+        raise RuntimeError(
+            "GradScaler cannot serve an optimizer under step_in_backward(): its updates have been "
+            "made in the backward, from gradients that were still scaled. Train in bfloat16, which "
+            "needs no scaler, or construct the scaler with enabled=False"
+        )
+
+    def refuse_accumulate(self) -> None:
+        """Raises for ``accumulate()``."""
+        raise RuntimeError(
+            "accumulate() under step_in_backward(), which has used the gradients already; set "
+            "accumulation_steps, and every backward is a micro-batch. Nothing was counted"
+        )
+
+    # ---- What the backward calls -----------------------------------------------------------------
+
+    def collect(self, param: Tensor) -> None:
+        """Takes note of a complete gradient, and steps when there are enough."""
+        with self._lock, self._or_abandon():
+            self.enter()
+            grad = param.grad
+            if grad is None or id(param) not in self._hooked:
+                return
+            if id(param) in self._done:
+                raise self._came_twice(param)
+            self._streams.change(param, self._step)
+            if id(param) not in self._pending:
+                self._pending[id(param)] = param
+                self._bytes += _bytes_of(grad)
+            if self._bytes >= self.bucket_bytes:
+                self._step()
+
+    def enter(self) -> None:
+        """Has torch call when the present backward ends."""
+        task = torch._C._current_graph_task_id()
+        if task in self._tasks:
+            return
+        if not self._tasks and self._on_the_way() is None:
+            self._begin()
+        ending = _Ending(self, task)
+        self._tasks[task] = weakref.ref(ending, lambda _: self._died(task))
+        torch.autograd.Variable._execution_engine.queue_callback(ending)
+
+    def end(self, ending: _Ending) -> None:
+        """Ends a backward, unless it runs inside of another one."""
+        with self._lock, self._or_abandon():
+            known = self._tasks.get(ending.task)
+            if known is None or known() is not ending:  # of one that was abandoned
+                return
+            del self._tasks[ending.task]
+            if self._tasks:
+                return  # of the ones around it, which will end later
+            # A node is being evaluated still if it is in its backward that this one runs.
+            node = torch._C._current_autograd_node()
+            nodes = [after for after, _ in node.next_functions if after is not None] if node else []
+            if not nodes:
+                self._finish()
+            else:
+                self._forget_way_out()  # a backward that failed may have left one
+                way_out = _WayOut(self, nodes)
+                self._way_out = weakref.ref(way_out, lambda _: self._died(-1))
+
+    def leave(self) -> None:
+        """Has the backward call that is around one that has ended."""
+        with self._lock, self._or_abandon():
+            self.enter()
+            self._forget_way_out()
+
+    def _on_the_way(self) -> _WayOut | None:
+        return self._way_out() if self._way_out is not None else None
+
+    def _forget_way_out(self) -> None:
+        way_out = self._on_the_way()
+        self._way_out = None  # first: what dies then tells nobody
+        if way_out is not None:
+            way_out.remove()
+
+    @contextmanager
+    def _or_abandon(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _died(self, task: int) -> None:
+        """A backward has ended in an exception."""
+        with self._lock:
+            self._tasks.pop(task, None)
+            if not self._tasks and self._on_the_way() is None:
+                self._abandon()
+
+    # ---- The step --------------------------------------------------------------------------------
+
+    def _start_over(self) -> None:
+        self._pending: dict[int, Tensor] = {}
+        self._done: set[int] = set()
+        self._bytes = 0
+        self._part = None
+        self._streams = _Streams()
+        self._tasks.clear()
+        self._forget_way_out()
+
+    def _begin(self) -> None:
+        optimizer = self.optimizer
+        self._start_over()
+        self._check(optimizer)
+        if not self._looked_for_wrappers:  # DistributedDataParallel may have come after us
+            _check_wrappers(optimizer)
+            self._looked_for_wrappers = True
+        self.adopt()
+        if optimizer.accumulation_steps > 1:
+            check_nobody_else_accumulates(optimizer)
+            self._part = _Part(optimizer)
+
+    def _finish(self) -> None:
+        optimizer = self.optimizer
+        self._step(last=True)
+        if self._part is not None:
+            self._part.count()
+        # Learning rate schedulers warn where nobody has stepped. What was done was a step.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._start_over()
+
+    def _abandon(self) -> None:
+        """Drops what a backward has left that did not end."""
+        for param in self._pending.values():
+            param.grad = None
+        part = self._part
+        self._start_over()
+        if part is not None:
+            part.abandon()
+
+    def _step(self, *, last: bool = False) -> None:
+        """Updates the collected parameters; the last time, all that have a gradient."""
+        optimizer = self.optimizer
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        having = {id(p): p for p in params if p.grad is not None}
+        others = {}
+        if not last:  # gradients from before the backward, whose turn comes
+            others = {p: p.grad for key, p in having.items() if key not in self._pending}
+            having = {key: p for key, p in having.items() if key in self._pending}
+        optimizer._check_not_swapped()
+        with self._streams.joined([p.grad for p in having.values()], last=last):
+            try:
+                for param in others:
+                    param.grad = None
+                if self._part is not None:
+                    self._part.step(having, last=last)
+                elif having:
+                    self._stepping = True
+                    optimizer._step()
+            finally:
+                self._stepping = False
+                for param, grad in others.items():
+                    param.grad = grad
+            for param in having.values():
+                param.grad = None
+        self._done.update(having)
+        self._pending, self._bytes = {}, 0
+
+    # ---- Errors ----------------------------------------------------------------------------------
+
+    def _check(self, optimizer: FusedOptimizer) -> None:
+        """Raises unless the optimizer's options can be had in parts."""
+        options, onepass = optimizer._options, optimizer._onepass
+        for name in ("max_grad_norm", "skip_nonfinite"):
+            value = getattr(options, name)
+            if value is not None and value is not False:
+                raise ValueError(
+                    f"{name}={value!r} cannot be had under step_in_backward(): it "
+                    "looks at all gradients before the first update, and these are used and freed "
+                    "one after the other; leave out one of the two"
+                )
+        if options.zero_grads:
+            raise ValueError(
+                "zero_grads=True keeps gradients in memory as zeros, and step_in_backward() frees "
+                "them; leave out one of the two"
+            )
+        if onepass is not None and onepass.core.measures:
+            raise RuntimeError(
+                "a GradScaler has stepped this optimizer, which looks at all gradients since; "
+                "construct a new one for step_in_backward(), and load this one's state_dict()"
+            )
+        if onepass is not None and onepass.micro_batches and options.accumulation_steps == 1:
+            raise RuntimeError(
+                f"accumulate() has begun a window of {onepass.micro_batches} micro-batches; call "
+                "step() before step_in_backward()"
+            )
+        if onepass is not None and (onepass.group is not None or onepass.to_add_up):
+            raise RuntimeError(
+                "the window of micro-batches is one of accumulating(), whose sums are still to be "
+                "added up over the ranks; finish it there before step_in_backward()"
+            )
+
+    def _came_twice(self, param: Tensor) -> RuntimeError:
+        for number, group in enumerate(self.optimizer.param_groups):
+            for index, other in enumerate(group["params"]):
+                if other is param:
+                    name = f"{describe(group, index)} of param group {number}"
+        return RuntimeError(
+            f"{name} got another gradient after it was updated in the same backward: several "
+            "torch.utils.checkpoint(use_reentrant=True) use it, each with a backward of its own. "
+            "Checkpoint with use_reentrant=False, where gradients are complete before they are "
+            "used, or take ordinary steps"
+        )
+
+
+class _Part:
+    """What backwards do with a window of accumulation: several parts make one micro-batch."""
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        self._optimizer = optimizer
+        self._began = False
+        self._closes = optimizer.will_step
+        # Parameters whose accumulators the closing backward has still to use up. The plan would do
+        # so in its first part, and so is shown each in its turn.
+        self._waiting: dict[int, Tensor] = {}
+        if self._closes:
+            self._waiting = {id(p): p for p in self._members()}
+            for param in self._waiting.values():
+                self._set_taken(param, False)
+
+    @property
+    def _onepass(self) -> OnePass:
+        return self._optimizer._need_onepass()
+
+    def _members(self) -> list[Tensor]:
+        """The parameters whose accumulators have gradients."""
+        core = self._onepass.core
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return [p for p in params if p in self._optimizer.state and core.taken(p)]
+
+    def _set_taken(self, param: Tensor, taken: bool) -> None:
+        core = self._onepass.core
+        core.remember(param, taken, core.fresh(param))
+
+    def _weigh(self, weight: float) -> None:
+        """Sets the window's weight on all devices, without waiting for them as `core` does."""
+        core = self._onepass.core
+        if not core.verdicts:
+            core.window_weight = weight
+        for verdict in core.verdicts:
+            verdict[_WEIGHT].view(torch.float64).fill_(weight)
+
+    def step(self, having: dict[int, Tensor], *, last: bool) -> None:
+        """Adds the gradients that there are to the window, or updates from both."""
+        onepass = self._onepass
+        if not self._closes:
+            if having:
+                self._began = True
+                self._optimizer._fit(_C.Purpose.ACCUMULATE).launch_onepass(1.0)
+            return
+        turn = list(self._waiting if last else self._waiting.keys() & having.keys())
+        if not turn and not having:
+            return
+        self._began = True
+        for key in turn:
+            self._set_taken(self._waiting.pop(key), True)
+        self._weigh(onepass._given)  # every launch ends the window, and leaves a weight of 0
+        self._optimizer._fit(_C.Purpose.CLOSE).launch_onepass(1.0)
+
+    def count(self) -> None:
+        """Counts the micro-batch whose parts these were."""
+        onepass = self._onepass
+        onepass.flushed = False
+        if self._closes:
+            onepass.micro_batches, onepass._given = 0, 0.0
+        else:
+            onepass.micro_batches += 1
+            onepass._given += 1.0
+        self._weigh(onepass._given)  # every launch has added to it
+
+    def abandon(self) -> None:
+        """Leaves the window as it was before this micro-batch; an empty one where that is lost."""
+        for param in self._waiting.values():
+            self._set_taken(param, True)
+        if not self._began:
+            return
+        sums = []
+        for param in self._members():
+            self._set_taken(param, False)
+            sums.append(self._optimizer.state[param][ACCUMULATOR])
+        if sums:
+            with torch.no_grad():
+                torch._foreach_zero_(sums)
+        self._onepass.micro_batches, self._onepass._given = 0, 0.0
+        self._weigh(0.0)
+
+
+class _Streams:
+    """The order of a backward's launches where gradients come from several CUDA streams."""
+
+    def __init__(self) -> None:
+        self._pending: dict[torch.device, Any] = {}
+        self._last: dict[torch.device, Any] = {}
+
+    def change(self, param: Tensor, step: Callable[[], None]) -> None:
+        """Notes the stream that a gradient is complete on; steps first if others have another."""
+        if not param.is_cuda:
+            return
+        stream = torch.cuda.current_stream(param.device)
+        if self._pending.get(param.device, stream) != stream:
+            step()
+        self._pending[param.device] = stream
+
+    @contextmanager
+    def joined(self, grads: list[Tensor | None], *, last: bool) -> Iterator[None]:
+        """Launches here follow the gradients and the launches before; the last are the caller's."""
+        streams = {**self._last, **self._pending}
+        with ExitStack() as stack:
+            for device, stream in streams.items():
+                if last:
+                    stream = torch.cuda.current_stream(device)
+                    self._after(stream, self._pending.get(device))
+                self._after(stream, self._last.get(device))
+                self._last[device] = stream
+                stack.enter_context(torch.cuda.stream(stream))
+            if last:  # memory of other streams, which is freed before this one has read it
+                for grad in grads:
+                    if grad is not None and grad.is_cuda and not grad.is_sparse:
+                        local = getattr(grad, "_local_tensor", grad)
+                        local.record_stream(torch.cuda.current_stream(local.device))
+            yield
+        self._pending = {}
+
+    @staticmethod
+    def _after(stream: Any, other: Any) -> None:
+        if other is not None and other != stream:
+            stream.wait_stream(other)
+
+
+class _Hook:
+    """The hook on an optimizer's parameters."""
+
+    def __init__(self, owner: InBackward) -> None:
+        self._owner = weakref.ref(owner)
+
+    @property
+    def alive(self) -> bool:
+        owner = self._owner()
+        return owner is not None and owner._reference() is not None
+
+    def __call__(self, param: Tensor) -> None:
+        owner = self._owner()
+        if owner is None:
+            raise _gone()
+        owner.collect(param)
+
+
+class _Ending:
+    """What torch calls at the end of a backward, and drops where there is none."""
+
+    def __init__(self, owner: InBackward, task: int) -> None:
+        self._owner = owner
+        self.task = task
+
+    def __call__(self) -> None:
+        self._owner.end(self)
+
+
+class _WayOut:
+    """From a backward that has ended to the one around it, which evaluates these nodes next."""
+
+    def __init__(self, owner: InBackward, nodes: list[Any]) -> None:
+        self._owner = weakref.ref(owner)
+        self._handles = [node.register_prehook(self) for node in nodes]
+
+    def __call__(self, _: object) -> None:
+        owner = self._owner()
+        if owner is not None:
+            owner.leave()
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+# Under torch.compile, these are called as they are; see `FusedOptimizer.step`.
+for _called in (_Hook.__call__, _Ending.__call__, _WayOut.__call__):
+    _eval_frame.set_code_exec_strategy(
+        _called.__code__,
+        _eval_frame._FrameExecStrategy(
+            _eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.SKIP
+        ),
+    )
+
+
+def _gone() -> RuntimeError:
+    return RuntimeError(
+        "the optimizer that step_in_backward() was called for is gone, and nobody would update "
+        "this parameter; keep a reference to the optimizer, or call remove() before dropping it"
+    )
+
+
+def _bytes_of(grad: Tensor) -> int:
+    local = getattr(grad, "_local_tensor", grad)
+    if local.is_sparse:
+        return local._values().nbytes + local._indices().nbytes
+    return local.nbytes
+
+
+def _check_wrappers(optimizer: FusedOptimizer) -> None:
+    """Raises if a wrapper holds a parameter whose gradient it reduces after our hooks."""
+    kinds: list[type] = [torch.nn.parallel.DistributedDataParallel]
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    if fsdp is not None:
+        kinds.append(fsdp.FullyShardedDataParallel)
+    wrappers = _instances(kinds)
+    if wrappers:  # some may be garbage
+        del wrappers
+        gc.collect()
+        wrappers = _instances(kinds)
+    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for wrapper in wrappers:
+        if any(id(param) in ours for param in wrapper.parameters()):
+            raise RuntimeError(
+                f"step_in_backward() cannot serve the parameters of a {type(wrapper).__name__}: it "
+                "adds up gradients over the ranks after hooks on parameters have run, and every "
+                "rank would update from its own alone. Use fully_shard (FSDP2), which reduces "
+                "before, or take ordinary steps"
+            )
+
+
+def _instances(kinds: list[type]) -> list[Any]:
+    """All objects of these classes."""
+    # By types alone: isinstance would ask objects for their __class__, which proxies compute.
+    objects = gc.get_objects()
+    wanted = {kind for kind in set(map(type, objects)) if issubclass(kind, tuple(kinds))}
+    return [thing for thing in objects if type(thing) in wanted] if wanted else []
