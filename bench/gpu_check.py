@@ -389,7 +389,8 @@ def main(arguments: list[str] | None = None) -> int:
     if built["status"] == "passed" or options.rehearse:
         on_a_gpu = "not rehearsal and not interpreted"  # what runs on the host, other machines run
         chosen = ["-k", "one_launch or replays" if options.rehearse else on_a_gpu, "-m", "not slow"]
-        suites = ["tests/test_device.py", "tests/test_cuda.py"]
+        suites = [f"tests/test_{name}.py" for name in ("device", "cuda", "onepass", "accumulation")]
+        suites.append("tests/test_in_backward.py")
         check.part("tests", lambda limit: check.tests(limit, *suites, *chosen))
         check.part("figures", lambda limit: check.module("figures", limit))
         check.part("pipeline", lambda limit: check.module("pipeline", limit))

@@ -3,62 +3,86 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from operator import attrgetter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-# Loops that accumulate and then call step(), by the module of their code: who that is, what the
-# user has set, and where the ``self`` of a frame of it has that and the optimizers.
+
+@dataclass(frozen=True)
+class _Loop:
+    """Code that calls ``step()`` once a window of its own; its frames' ``self`` knows of how many.
+
+    Attributes:
+        who: What users call it.
+        option: What they have set.
+        steps: Micro-batches of its windows.
+        optimizers: Those that it steps, or wrappers of them.
+    """
+
+    who: str
+    option: str
+    steps: Callable[[Any], int]
+    optimizers: Callable[[Any], list[Any]]
+
+
+_LIGHTNING = _Loop(
+    "Lightning",
+    "accumulate_grad_batches",
+    lambda loop: loop.trainer.accumulate_grad_batches,
+    lambda loop: loop.trainer.optimizers,
+)
+# By the module of the code.
 _LOOPS = {
-    "transformers.trainer": (
+    "accelerate.optimizer": _Loop(
+        "Accelerate",
+        "gradient_accumulation_steps",
+        lambda wrapper: wrapper.gradient_state.num_steps,
+        lambda wrapper: [wrapper],
+    ),
+    "transformers.trainer": _Loop(
         "transformers' Trainer",
         "gradient_accumulation_steps",
-        attrgetter("args"),
-        lambda loop: [loop.optimizer],
+        lambda trainer: trainer.args.gradient_accumulation_steps,
+        lambda trainer: [trainer.optimizer],
     ),
-    **{
-        f"{package}.loops.optimization.automatic": (
-            "Lightning",
-            "accumulate_grad_batches",
-            attrgetter("trainer"),
-            lambda loop: loop.trainer.optimizers,
-        )
-        for package in ("lightning.pytorch", "pytorch_lightning")
-    },
+    "lightning.pytorch.loops.optimization.automatic": _LIGHTNING,
+    "pytorch_lightning.loops.optimization.automatic": _LIGHTNING,
 }
 
 
 def check_nobody_else_accumulates(optimizer: Any) -> None:
     """Raises RuntimeError if a training framework accumulates gradients itself.
 
-    Accelerate, Lightning and transformers' Trainer call ``step()`` once a window of theirs. Nothing
-    is imported to find out: Accelerate has a global state, the others are among the callers.
+    It is looked for among the callers, in modules that have been imported. One more sign is that a
+    data loader of Accelerate's is being read; the settings alone outlive what they were made for.
 
     Args:
         optimizer: The one that is about to accumulate; None for one of which nothing is known.
     """
     state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
-    if state is not None and state._shared_state:
-        _check("Accelerate", "gradient_accumulation_steps", state().num_steps)
+    if state is not None and state._shared_state and state().in_dataloader:
+        _check(_LOOPS["accelerate.optimizer"], state().num_steps)
     if sys.modules.keys().isdisjoint(_LOOPS):
         return
     for frame in _callers():
-        found = _LOOPS.get(frame.f_globals.get("__name__", ""))
-        loop = frame.f_locals.get("self") if found is not None else None
-        if found is None or loop is None:
+        loop = _LOOPS.get(frame.f_globals.get("__name__", ""))
+        owner = frame.f_locals.get("self") if loop is not None else None
+        if loop is None or owner is None:
             continue
-        who, name, settings, optimizers = found
-        if optimizer is None or any(_is_in(optimizer, other) for other in optimizers(loop)):
-            _check(who, name, getattr(settings(loop), name, 1))
-        return
+        try:
+            its = optimizer is None or any(_is_in(optimizer, o) for o in loop.optimizers(owner))
+            steps = loop.steps(owner) if its else 1
+        except AttributeError:  # another class of that module, or another version of it
+            continue
+        _check(loop, steps)
 
 
-def _check(who: str, name: str, steps: int) -> None:
+def _check(loop: _Loop, steps: int) -> None:
     if steps > 1:
         raise RuntimeError(
-            f"gradients are accumulated twice: by {who} ({name}={steps}), which calls step() once "
-            "a window, and by this optimizer; use one of them. Nothing was changed"
+            f"gradients are accumulated twice: by {loop.who} ({loop.option}={steps}), which calls "
+            "step() once a window, and by this optimizer; use one of them. Nothing was changed"
         )
 
 

@@ -30,7 +30,16 @@ def add_up_shards(specs: list[Any], sums: Tensor) -> None:
     Args:
         specs: By row, how the DTensors that were summed are distributed; None for plain tensors.
         sums: One row a spec.
+
+    Raises:
+        RuntimeError: this rank holds nothing of a tensor, and is not asked by those that do.
     """
+    if any(spec is not None and spec.mesh.get_coordinate() is None for spec in specs):
+        raise RuntimeError(
+            "the norm of all gradients cannot be known on a rank that is not in the device mesh of "
+            "a parameter; give parameters of other meshes an optimizer of their own, on the ranks "
+            "of the mesh. Nothing was changed"
+        )
     for spec, row in zip(specs, sums, strict=True):
         if spec is None:
             continue

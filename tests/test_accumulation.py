@@ -189,7 +189,7 @@ def test_ten_thousand_micro_batches_stay_within_fp32():
     assert (error <= 1e-3).all()  # in bf16 it would be of the order of 10
 
 
-# ---- What a loop does ------------------------------------------------------------------------------
+# ---- What a loop does ----------------------------------------------------------------------------
 
 
 def test_an_unchanged_loop_accumulates():
@@ -197,7 +197,7 @@ def test_an_unchanged_loop_accumulates():
     for steps in (4, 1):
         model, _, (x, y) = big_batch_and_parts()
         optimizer = fusedopt.SGD(model.parameters(), lr=0.1, momentum=0.9, accumulation_steps=steps)
-        for epoch in range(2):
+        for _ in range(2):
             for part in range(4) if steps == 4 else [slice(0, 16)]:
                 rows = slice(4 * part, 4 * part + 4) if steps == 4 else part
                 torch.nn.functional.mse_loss(model(x[rows]), y[rows]).backward()
@@ -311,14 +311,14 @@ def test_a_window_cannot_be_captured(place):
     assert_equal(snapshot(params, optimizer), before)
 
 
-# ---- Micro-batches that are not finite --------------------------------------------------------------
+# ---- Micro-batches that are not finite -----------------------------------------------------------
 
 
 @SCALERS
 @EACH_CASE
 @each("at", [0, 1, 2])
 def test_an_overflow_in_a_window_is_absent_and_nothing_else(case, scaler_class, at):
-    """Either scaler; ours counts the micro-batch's call, torch's does not call ``step()`` at all."""
+    """Either scaler: ours counts the micro-batch's call, torch's does not call ``step()``."""
     ends = []
     for overflows in (True, False):
         params, optimizer = build(Host, case, accumulation_steps=3)
@@ -398,7 +398,7 @@ def test_each_micro_batch_is_unscaled_by_its_own_scale(anywhere):
     assert_equal(snapshot(params, optimizer), snapshot(plain, reference), ["momentum_buffer"])
 
 
-# ---- Weights of nothing ----------------------------------------------------------------------------
+# ---- Weights of nothing --------------------------------------------------------------------------
 
 
 def test_a_zero_total_weight_raises_for_numbers_and_skips_for_tensors(anywhere):
@@ -422,7 +422,7 @@ def test_a_zero_total_weight_raises_for_numbers_and_skips_for_tensors(anywhere):
     assert not torch.equal(params[2], before[2][0])
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def copies(params, optimizer, **options):
@@ -520,7 +520,7 @@ def test_a_learning_rate_of_zero_alone_is_a_micro_batch():
     assert optimizer.will_step
 
 
-# ---- Bad input --------------------------------------------------------------------------------------
+# ---- Bad input -----------------------------------------------------------------------------------
 
 
 def test_a_gradient_that_was_not_accumulated_raises_and_loses_nothing():
@@ -533,7 +533,7 @@ def test_a_gradient_that_was_not_accumulated_raises_and_loses_nothing():
             params[2].grad.add_(1)
         else:
             params[2].grad = torch.ones_like(params[2])
-        with pytest.raises(RuntimeError, match="accumulate\\(\\) was not given"):
+        with pytest.raises(RuntimeError, match=r"accumulate\(\) was not given"):
             optimizer.step()
         assert_equal(snapshot(params, optimizer), before)
         optimizer.accumulate(weight=2)
@@ -542,7 +542,7 @@ def test_a_gradient_that_was_not_accumulated_raises_and_loses_nothing():
 
 
 def test_accumulate_without_any_gradient_raises():
-    params, optimizer = build(Host, CASES[-1])
+    _, optimizer = build(Host, CASES[-1])
     with pytest.raises(RuntimeError, match="found no gradient"):
         optimizer.accumulate()
     assert not optimizer.state

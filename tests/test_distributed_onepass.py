@@ -797,6 +797,23 @@ def cut(value, layout):
 
 
 @check
+def a_norm_is_refused_on_a_rank_that_cannot_know_it(world):
+    """One that holds nothing of a parameter, and is not asked by those that do."""
+    params = [torch.nn.Parameter(cut(torch.ones(5), (world.meshes[2], [Shard(0)])))]
+    params.append(torch.nn.Parameter(torch.ones(3)))
+    optimizer = fusedopt.AdamW(params, lr=0.1, max_grad_norm=0.5)
+    set_sharded_grads(params, 0)
+    if world.rank < 2:
+        optimizer.step()
+        assert len(optimizer.state) == 2
+        return
+    with pytest.raises(RuntimeError, match="not in the device mesh"):
+        optimizer.step()
+    assert torch.equal(params[1], torch.ones(3))
+    assert not optimizer.state
+
+
+@check
 def shards_of_replicas_train_as_one_process(world):
     """HSDP: two replicas of two shards."""
     mesh = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("replicate", "shard"))

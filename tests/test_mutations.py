@@ -34,7 +34,7 @@ SOURCES = {
 SOURCES["onepass_test"] = [*SOURCES["driver_test"], "cuda/table.cpp"]
 SOURCES["cuda_body_test"] = [*SOURCES["onepass_test"], "cuda/image.cpp"]
 # As in CMakeLists.txt.
-OWN_FLAGS = dict.fromkeys(("cuda_body_test", "onepass_test"), ["-DFUSEDOPT_HD=inline"])
+OWN_FLAGS = {test: ["-DFUSEDOPT_HD=inline"] for test in ("cuda_body_test", "onepass_test")}
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,8 @@ MUTATIONS = [
     Mutation(
         "a tier skips the tail",
         "cpu/kernels.h",
-        "if (i < span.count) {",
-        "if (false) {",
+        "if (i < span.count) tail<kPlain>(",
+        "if (false) tail<kPlain>(",
         "sizes: sgd variant 0 float32/float32/float32 on generic",
         **_GENERIC,
     ),
@@ -342,7 +342,7 @@ _AROUND = [
     Mutation(
         "a window of nothing is an update",
         "core/onepass.h",
-        "v.skip = total > 0.0 ? 0 : 1;",
+        "v.skip = total > 0.0 && (q.check == 0 || is_finite(squares)) ? 0 : 1;",
         "v.skip = 0;",
         "nothing is left",
         **_ONEPASS,
@@ -350,8 +350,8 @@ _AROUND = [
     Mutation(
         "the norm of a window ignores what was left out",
         "core/onepass.h",
-        "v.norm = sqrt(take ? sums.with : sums.without) * factor;",
-        "v.norm = sqrt(sums.with) * factor;",
+        "const double squares = take ? sums.with : sums.without;",
+        "const double squares = sums.with;",
         "the last one is left out",
         **_ONEPASS,
     ),
@@ -375,8 +375,8 @@ _AROUND = [
     Mutation(
         "a norm skips a block's tail",
         "cpu/kernels.h",
-        "if (g != nullptr) __builtin_memcpy(grad_buffer, g, count * sizeof(G));",
-        "if (g != nullptr) __builtin_memcpy(grad_buffer, g, (count - 1) * sizeof(G));",
+        "__builtin_memcpy(buffer, array, count * size);",
+        "__builtin_memcpy(buffer, array, (count - 1) * size);",
         "norm: .* on generic: block",
         rebuild="cpu/tier_generic.cpp",
         **_ONEPASS,
@@ -384,8 +384,8 @@ _AROUND = [
     Mutation(
         "a norm forgets what gradients weigh",
         "cpu/kernels.h",
-        "g = grad != nullptr ? a + g * in : a;",
-        "g = grad != nullptr ? a + g : a;",
+        "load(accumulator + i) + load(grad + i) * in",
+        "load(accumulator + i) + load(grad + i)",
         "norm: .* on generic: block",
         rebuild="cpu/tier_generic.cpp",
         **_ONEPASS,

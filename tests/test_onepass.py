@@ -1,4 +1,4 @@
-"""Clip, check, average and clear in the update's pass: against the oracle, torch's chain, and bits."""
+"""Clip, check, average, clear in the update's pass: against the oracle, torch's chain, bits."""
 
 import copy
 import math
@@ -61,15 +61,20 @@ def assert_ema_close(new, old, param, decay):
     assert (np.abs(new - wanted) <= 2 * 2.0**-23 * terms).all()
 
 
-# ---- Against the oracle ---------------------------------------------------------------------------
+# ---- Against the oracle --------------------------------------------------------------------------
 
 
 @EACH_CASE
 @EACH_DTYPE
 @each(
     "options",
-    [{"max_grad_norm": LIMIT}, {"skip_nonfinite": True}, {"ema_decay": 0.75}, {"zero_grads": True}]
-    + [EVERYTHING],
+    [
+        {"max_grad_norm": LIMIT},
+        {"skip_nonfinite": True},
+        {"ema_decay": 0.75},
+        {"zero_grads": True},
+        EVERYTHING,
+    ],
     ids=["clip", "check", "ema", "zero", "everything"],
 )
 def test_each_feature_and_all_together(anywhere, case, dtype, options):
@@ -152,7 +157,7 @@ def test_the_bits_are_the_cpus(place, case, dtype):
             assert torch.equal(states[name].cpu(), value), name
 
 
-# ---- Beside torch ---------------------------------------------------------------------------------
+# ---- Beside torch --------------------------------------------------------------------------------
 
 
 def test_the_whole_chain_beside_torchs():
@@ -206,7 +211,7 @@ def test_a_limit_acts_as_clip_grad_norms(limit, value):
     torch.testing.assert_close(*ends, equal_nan=True)
 
 
-# ---- Norms ----------------------------------------------------------------------------------------
+# ---- Norms ---------------------------------------------------------------------------------------
 
 
 @EACH_DTYPE
@@ -290,7 +295,7 @@ def test_complex_parameters():
     torch.testing.assert_close(optimizer.state[param]["ema"], torch.tensor([0.25 + 1j, 2 - 2j]))
 
 
-# ---- Skips ----------------------------------------------------------------------------------------
+# ---- Skips ---------------------------------------------------------------------------------------
 
 
 @EACH_CASE
@@ -331,7 +336,7 @@ def test_the_first_step_that_is_not_skipped_is_the_first(anywhere, case):
         assert_states_equal(others, states)
 
 
-# ---- The average ----------------------------------------------------------------------------------
+# ---- The average ---------------------------------------------------------------------------------
 
 
 def test_the_average_begins_with_the_parameters_before_the_first_step():
@@ -376,7 +381,7 @@ def test_swap_ema_and_back():
         fusedopt.SGD(params, lr=0.1).swap_ema().__enter__()
 
 
-# ---- Launches and allocations ----------------------------------------------------------------------
+# ---- Launches and allocations --------------------------------------------------------------------
 
 
 def test_launches_are_two_or_three(place):
@@ -433,7 +438,7 @@ def test_steady_state_allocates_nothing():
     assert not allocated
 
 
-# ---- Graphs ---------------------------------------------------------------------------------------
+# ---- Graphs --------------------------------------------------------------------------------------
 
 
 def test_a_captured_step_clips_checks_and_averages(place):
@@ -466,7 +471,7 @@ def test_a_captured_step_clips_checks_and_averages(place):
         assert_states_equal(others, states)
 
 
-# ---- Checkpoints and copies ------------------------------------------------------------------------
+# ---- Checkpoints and copies ----------------------------------------------------------------------
 
 
 @each("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -509,7 +514,7 @@ def test_an_average_can_begin_later():
     torch.testing.assert_close(average, (before + params[2].detach()) / 2)
 
 
-# ---- Bad input ------------------------------------------------------------------------------------
+# ---- Bad input -----------------------------------------------------------------------------------
 
 
 @each(

@@ -24,7 +24,7 @@ BOUNDS = "tests/tolerances.py"
 ORACLE_TABLES = (("tests/oracle.py", "RULES"), (BOUNDS, "PARAM_ULPS"), (BOUNDS, "STATE_ULPS"))
 SHARED = {  # modules of no rule
     *("amp", "backends", "elsewhere", "functional", "grad_scaler", "in_backward", "loading"),
-    *("onepass", "optimizer", "packing", "ranks", "routing"),
+    *("onepass", "optimizer", "packing", "ranks", "routing", "with_onepass"),
 }
 SHARED_KERNELS = {"floor", "launcher", "math", "multi_tensor", "norm"}
 # What must not know a rule by name, and would have to change with every rule if it did: all sources

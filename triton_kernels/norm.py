@@ -159,11 +159,14 @@ def decide(q, sum_with, sum_without, verdict):
         factor = tl.full((), 1.0, tl.float64)
         if q.purpose == CLOSE:
             total = tl.where(take & (q.grads != 0), window + weight, window)
-            store(verdict + VERDICT_SKIP, (total > 0.0) == 0, tl.int32)
+            squares = tl.where(take, sum_with, sum_without)
+            # Accumulators can overflow, too.
+            good = (total > 0.0) & ((q.check == 0) | is_finite(squares))
+            store(verdict + VERDICT_SKIP, good == 0, tl.int32)
             store(verdict, factor * 0.0, tl.float64)
             if q.mean != 0:
                 factor = div(1.0, total)
-            norm = sqrt(tl.where(take, sum_with, sum_without)) * factor
+            norm = sqrt(squares) * factor
         else:
             store(verdict + VERDICT_SKIP, take == 0, tl.int32)
             if q.grad_scale != 0:

@@ -57,7 +57,8 @@ inline NormSums sum_blocks(const NormSums* blocks, int64_t count) {
 // ---- Decisions ---------------------------------------------------------------------------------
 
 // What a step found out and its update obeys. It outlives the step: `weight` is what the window of
-// accumulated micro-batches has come to. triton_kernels/multi_tensor.py reads it at these places.
+// accumulated micro-batches has come to. Kernels in triton_kernels/ and fusedopt/onepass.py read it at
+// these places.
 struct Verdict {
   double weight = 0.0;  // of the micro-batches in the accumulators
   double norm = 0.0;    // of the gradient that the last update saw before it was clipped
@@ -117,7 +118,7 @@ constexpr bool closes(Purpose purpose) {
 }
 
 // What `decide` is told. Pointers are to memory of the device that decides, null where there is
-// nothing. Read by triton_kernels/multi_tensor.py.
+// nothing.
 struct Question {
   Purpose purpose = Purpose::kUpdate;
   int32_t check = 0;       // gradients whose sum is not finite are left out
@@ -129,10 +130,6 @@ struct Question {
   const float* grad_scale = nullptr;    // what the gradients are still multiplied by
   const float* found_inf = nullptr;     // not 0: somebody found that they are not finite
 };
-static_assert(sizeof(Question) == 56 && offsetof(Question, max_norm) == 16 &&
-              offsetof(Question, weight) == 24 && offsetof(Question, live_weight) == 32 &&
-              offsetof(Question, grad_scale) == 40 && offsetof(Question, found_inf) == 48);
-
 FUSEDOPT_HD static bool is_finite(double x) { return x - x == 0.0; }
 
 // What gradients are multiplied by on their way to the accumulators.
@@ -156,10 +153,12 @@ FUSEDOPT_HD static void decide(const Question& q, const NormSums& sums, Verdict&
   double factor = 1.0;
   if (q.purpose == Purpose::kClose) {
     const double total = take && q.grads != 0 ? v.weight + weight : v.weight;
-    v.skip = total > 0.0 ? 0 : 1;
+    const double squares = take ? sums.with : sums.without;
+    // Accumulators can overflow, too.
+    v.skip = total > 0.0 && (q.check == 0 || is_finite(squares)) ? 0 : 1;
     v.weight = 0.0;
     if (q.mean != 0) factor = 1.0 / total;
-    v.norm = sqrt(take ? sums.with : sums.without) * factor;
+    v.norm = sqrt(squares) * factor;
   } else {
     v.skip = take ? 0 : 1;
     if (q.grad_scale != nullptr) factor = 1.0 / double(*q.grad_scale);

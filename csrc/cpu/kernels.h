@@ -169,12 +169,15 @@ struct Update {
   }
 };
 
-// Sums of squares; core/onepass.h says in which order. Sums of 1,024 elements in 256 classes are 4
-// elements a class: a few registers go through the block column by column.
+// Sums of squares; core/onepass.h says in which order. A block of 1,024 elements in 256 classes is
+// four rounds of 256: registers go through it column by column, and fold with the column half a round
+// away at once.
 template <class G, class T>
 struct Norm {
   using V = Vec<T>;
   static constexpr int kDoubles = Vec<double>::kLanes;
+  static constexpr int kParts = V::kLanes / kDoubles;  // vectors of doubles a column
+  static constexpr int kHalf = kNormClasses / 2;
   static constexpr int kRounds = kNormBlock / kNormClasses;
 
   static void run(const Span& span, const Span& next, const Task& task) {
@@ -183,85 +186,83 @@ struct Norm {
     const T in = static_cast<T>(task.in);
     NormSums* to = task.sums;
     for (int64_t begin = 0; begin < span.count; begin += kNormBlock, ++to) {
-      const int64_t count = span.count - begin < kNormBlock ? span.count - begin : kNormBlock;
+      const int64_t count = span.count - begin;
       const G* g = grad != nullptr ? grad + begin : nullptr;
       const T* a = accumulator != nullptr ? accumulator + begin : nullptr;
-      if (count == kNormBlock) {
-        const bool last = begin + kNormBlock >= span.count;
-        const void* ahead = last ? next.grad : static_cast<const void*>(grad + begin + kNormBlock);
-        *to = block(g, a, in, reinterpret_cast<uintptr_t>(ahead));
-        continue;
+      const void* ahead = count > kNormBlock ? static_cast<const void*>(g + kNormBlock) : next.grad;
+      if (count >= kNormBlock) {
+        *to = sums(g, a, in, kRounds, reinterpret_cast<uintptr_t>(ahead));
+      } else {
+        *to = tail(g, a, in, count, reinterpret_cast<uintptr_t>(ahead));
       }
-      G grad_buffer[kNormBlock] = {};
-      T accumulator_buffer[kNormBlock] = {};
-      if (g != nullptr) __builtin_memcpy(grad_buffer, g, count * sizeof(G));
-      if (a != nullptr) __builtin_memcpy(accumulator_buffer, a, count * sizeof(T));
-      *to = block(g != nullptr ? grad_buffer : nullptr, a != nullptr ? accumulator_buffer : nullptr,
-                  in, reinterpret_cast<uintptr_t>(next.grad));
     }
   }
 
-  FUSEDOPT_INLINE static NormSums block(const G* grad, const T* accumulator, T in,
-                                        uintptr_t ahead) {
-    alignas(64) double with[kNormClasses];
-    alignas(64) double without[kNormClasses];
+  // The last block of a row, whose missing elements are zero; the rounds that it has none of are left
+  // out, which changes no sum.
+  static NormSums tail(const G* grad, const T* accumulator, T in, int64_t count, uintptr_t ahead) {
+    const int rounds = static_cast<int>((count + kNormClasses - 1) / kNormClasses);
+    G grad_buffer[kNormBlock];
+    T accumulator_buffer[kNormBlock];
+    const auto take = [&](auto*& array, auto* buffer) {
+      if (array == nullptr) return;
+      const int64_t size = sizeof(*array);
+      __builtin_memcpy(buffer, array, count * size);
+      __builtin_memset(buffer + count, 0, (rounds * kNormClasses - count) * size);
+      array = buffer;
+    };
+    take(grad, grad_buffer);
+    take(accumulator, accumulator_buffer);
+    return sums(grad, accumulator, in, rounds, ahead);
+  }
+
+  FUSEDOPT_INLINE static NormSums sums(const G* grad, const T* accumulator, T in, int rounds,
+                                       uintptr_t ahead) {
     if (accumulator == nullptr) {
-      columns<false>(grad, accumulator, in, ahead, with, without);
-      return {fold_block(with), 0.0};
+      return {fold_columns(
+                  [&](int64_t i, Vec<double>* to) {
+                    prefetch(ahead + i * sizeof(G));
+                    load_doubles(grad + i, to);
+                  },
+                  rounds),
+              0.0};
     }
-    columns<true>(grad, accumulator, in, ahead, with, without);
-    return {fold_block(with), fold_block(without)};
+    const auto without = [&](int64_t i, Vec<double>* to) { load_doubles(accumulator + i, to); };
+    if (grad == nullptr) {
+      const double sum = fold_columns(without, rounds);
+      return {sum, sum};
+    }
+    const auto with = [&](int64_t i, Vec<double>* to) {
+      prefetch(ahead + i * sizeof(G));
+      to_doubles(load(accumulator + i) + load(grad + i) * in, to);
+    };
+    return {fold_columns(with, rounds), fold_columns(without, rounds)};
   }
 
-  template <bool kAccumulated>
-  FUSEDOPT_INLINE static void columns(const G* grad, const T* accumulator, T in, uintptr_t ahead,
-                                      double* with, double* without) {
-    constexpr int kParts = V::kLanes / kDoubles;
-    for (int column = 0; column < kNormClasses; column += V::kLanes) {
-      Vec<double> sum[kParts] = {};
-      Vec<double> sum_without[kParts] = {};
-      for (int round = 0; round < kRounds; ++round) {
-        const int64_t i = column + round * kNormClasses;
-        V g{};
-        if (grad != nullptr) {
-          prefetch(ahead + i * sizeof(G));
-          g = load(grad + i);
-        }
-        if (kAccumulated) {
-          const V a = load(accumulator + i);
-          g = grad != nullptr ? a + g * in : a;
-          add_squares(a, sum_without);
-        }
-        add_squares(g, sum);
+  template <class Column>
+  FUSEDOPT_INLINE static double fold_columns(const Column& column, int rounds) {
+    Vec<double> half[kHalf / kDoubles];
+    for (int c = 0; c < kHalf; c += V::kLanes) {
+      Vec<double> low[kParts] = {};
+      Vec<double> high[kParts] = {};
+      for (int round = 0; round < rounds; ++round) {
+        Vec<double> values[kParts];
+        column(c + round * kNormClasses, values);
+        for (int part = 0; part < kParts; ++part) add_square<T>(values[part], low[part]);
+        column(c + kHalf + round * kNormClasses, values);
+        for (int part = 0; part < kParts; ++part) add_square<T>(values[part], high[part]);
       }
-      for (int part = 0; part < kParts; ++part) {
-        store(with + column + part * kDoubles, sum[part]);
-        if (kAccumulated) store(without + column + part * kDoubles, sum_without[part]);
-      }
+      for (int part = 0; part < kParts; ++part) half[c / kDoubles + part] = low[part] + high[part];
     }
-  }
-
-  FUSEDOPT_INLINE static void add_squares(Vec<double> x, Vec<double>* sum) {
-    sum[0] = sum[0] + x * x;
-  }
-  FUSEDOPT_INLINE static void add_squares(Vec<float> x, Vec<double>* sum) {
-    Vec<double> wide[2];
-    widen_to_doubles(x, wide);
-    for (int half = 0; half < 2; ++half) sum[half] = sum[half] + wide[half] * wide[half];
-  }
-
-  FUSEDOPT_INLINE static double fold_block(double* sums) {
-    int half = kNormClasses / 2;
-    for (; half >= kDoubles; half /= 2) {
-      for (int i = 0; i < half; i += kDoubles) {
-        store(sums + i, load(static_cast<const double*>(sums + i)) +
-                            load(static_cast<const double*>(sums + i + half)));
-      }
+    for (int count = kHalf / kDoubles / 2; count > 0; count /= 2) {
+      for (int i = 0; i < count; ++i) half[i] = half[i] + half[i + count];
     }
-    for (; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    double lanes[kDoubles];
+    store(lanes, half[0]);
+    for (int count = kDoubles / 2; count > 0; count /= 2) {
+      for (int i = 0; i < count; ++i) lanes[i] += lanes[i + count];
     }
-    return sums[0];
+    return lanes[0];
   }
 };
 

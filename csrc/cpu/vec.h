@@ -90,12 +90,28 @@ FUSEDOPT_INLINE void store(double* to, Vec<double> v) {
 constexpr int kFloats = Vec<float>::kLanes;
 
 // The lanes as doubles, in order.
-FUSEDOPT_INLINE void widen_to_doubles(Vec<float> v, Vec<double>* to) {
+FUSEDOPT_INLINE void to_doubles(Vec<float> v, Vec<double>* to) {
   using Half = Native<float, kFloats / 2>::Type;
   Half halves[2];
   __builtin_memcpy(halves, &v.lanes, sizeof halves);
   for (int h = 0; h < 2; ++h) to[h].lanes = __builtin_convertvector(halves[h], Vec<double>::Lanes);
 }
+FUSEDOPT_INLINE void to_doubles(Vec<double> v, Vec<double>* to) { *to = v; }
+
+// sum + x * x, where x was a T. The product of a float with itself is exact in double, so that one
+// instruction gives the bits of two.
+template <class T>
+FUSEDOPT_INLINE void add_square(Vec<double> x, Vec<double>& sum) {
+#if defined(__x86_64__) && FUSEDOPT_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    sum.lanes =
+        (Vec<double>::Lanes)_mm512_fmadd_pd((__m512d)x.lanes, (__m512d)x.lanes, (__m512d)sum.lanes);
+    return;
+  }
+#endif
+  sum = sum + x * x;
+}
+
 using Words = Native<uint32_t, kFloats>::Type;
 using HalfWords = Native<uint16_t, kFloats>::Type;
 
@@ -163,6 +179,19 @@ FUSEDOPT_INLINE void store(F16* to, Vec<float> v) {
   for (int i = 0; i < kFloats; ++i) to[i] = Narrow<F16>::from(v.lanes[i]);
 }
 #endif
+
+// As many elements as a vector of the compute type has, as doubles.
+template <class Storage>
+FUSEDOPT_INLINE void load_doubles(const Storage* from, Vec<double>* to) {
+  to_doubles(load(from), to);
+}
+FUSEDOPT_INLINE void load_doubles(const float* from, Vec<double>* to) {
+  for (int h = 0; h < 2; ++h) {  // an instruction each, out of memory
+    Native<float, kFloats / 2>::Type half;
+    __builtin_memcpy(&half, from + h * (kFloats / 2), sizeof half);
+    to[h].lanes = __builtin_convertvector(half, Vec<double>::Lanes);
+  }
+}
 
 }  // namespace fusedopt::FUSEDOPT_TIER
 

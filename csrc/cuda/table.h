@@ -83,8 +83,7 @@ FUSEDOPT_HD static bool skips(const Scaler& scaler, const Verdict* verdict) {
          (verdict != nullptr && verdict->skip != 0);
 }
 
-// Where the sums of a norm go, and who makes a verdict of them. Read by
-// triton_kernels/multi_tensor.py.
+// Where the sums of a norm go, and who makes a verdict of them.
 struct Measure {
   NormSums* blocks;
   int64_t block_count;
@@ -93,8 +92,6 @@ struct Measure {
   int32_t last;     // the last launch over these blocks: it sums them up
   int32_t decides;  // and makes the verdict
 };
-static_assert(sizeof(Measure) == 40 && offsetof(Measure, last) == 32 &&
-              offsetof(Measure, decides) == 36);
 
 // Makes `row` the image of a table's row, with the widest access that all its arrays allow and the
 // elements before the first of them. Returns whether anything in it is new.

@@ -271,6 +271,7 @@ void test_decisions() {
   CHECK(after.factor64 == 1.0 / 4.0 && after.norm == 6.0 * (1.0 / 4.0) && after.take == 0,
         "the last one is left out");
   CHECK(decided(close, {NAN, 0.0}, 0.0).skip == 1, "nothing is left");
+  CHECK(decided(close, {NAN, kInfinity}, 4.0).skip == 1, "accumulators that have overflowed");
   close.grads = 0;
   CHECK(decided(close, {36.0, 36.0}, 4.0).factor64 == 1.0 / 4.0, "accumulators alone");
   CHECK(decided(close, {0.0, 0.0}, 0.0).skip == 1, "a window of no weight");
