@@ -148,6 +148,40 @@ def save_pipeline(rows: Sequence[pipeline.Row], path: Path) -> None:
     pyplot.close(figure)
 
 
+def save_passes(row: pipeline.Row, path: Path) -> None:
+    """Draws the passes over memory of torch's chain and of fusedopt's call, as wide as their bytes.
+
+    Args:
+        row: of the pipeline job, whose chain and optimizer are drawn.
+        path: of the PNG.
+    """
+    # What fusedopt's launches do belongs to torch's stages of the same name.
+    colours = {**STAGE_COLOURS, "norm": STAGE_COLOURS["clip"], "update": STAGE_COLOURS["step"]}
+    figure, axes = pyplot.subplots(figsize=(9, 2.9))
+    chains = {"fusedopt": row.fused_bytes, "torch": row.torch_bytes}
+    for place, (name, stages) in enumerate(chains.items()):
+        left = 0
+        for stage, count in stages.items():
+            if count == 0:
+                continue
+            axes.barh(place, count, 0.62, left, color=colours[stage], edgecolor="white")
+            dark = stage in ("step", "update")
+            axes.annotate(f"{stage}\n{count}", (left + count / 2, place), ha="center", va="center",
+                          fontsize=9, color="white" if dark else "black")  # fmt: skip
+            left += count
+        axes.annotate(f"{left} bytes", (left, place), (6, 0), textcoords="offset points",
+                      va="center", fontsize=10, fontweight="bold")  # fmt: skip
+        chains[name] = {**stages, "": left}
+    axes.set_yticks(range(len(chains)), list(chains))
+    axes.set_xlim(0, max(stages[""] for stages in chains.values()) * 1.14)
+    axes.set_xlabel("bytes read and written a parameter, fp32")
+    axes.set_title(f"Passes over memory: {row.task.optimizer} and what is around it", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
 def _draw_bars(axes: Axes, rows: Sequence[pipeline.Row], title: str) -> None:
     """Draws a pair of bars for each chain."""
     width = 0.38

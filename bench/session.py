@@ -176,12 +176,15 @@ class Session:
                 self.draw_pipeline()
 
     def draw_pipeline(self) -> None:
-        """Draws the picture of the pipeline job."""
+        """Draws the pictures of the pipeline job."""
         from . import picture  # matplotlib is slow to import: not before it has work
 
         path = self.options.out / "pipeline.png"
         picture.save_pipeline(self.pipeline_rows, path)
-        self.say(f"Bars: {path}")
+        widest = max(self.pipeline_rows, key=lambda row: sum(row.torch_bytes.values()))
+        passes = self.options.out / "pipeline_bytes.png"
+        picture.save_passes(widest, passes)
+        self.say(f"Bars: {path}; passes and their bytes: {passes}")
 
     @property
     def train_result(self) -> dict[str, Any]:

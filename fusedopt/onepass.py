@@ -27,7 +27,7 @@ ACCUMULATOR, AVERAGE, WINDOW = "accumulated_grad", "ema", "window"
 ENTRIES = (ACCUMULATOR, AVERAGE, WINDOW)
 
 # Places of a Verdict's fields in its memory; csrc/core/onepass.h.
-_NORM64, _NORM32, _TAKE, _SKIP = slice(8, 16), slice(64, 68), slice(68, 72), slice(72, 76)
+_NORM32, _TAKE, _SKIP = (64, 68), (68, 72), (72, 76)
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:
@@ -142,6 +142,7 @@ class OnePass:
         self._asked: list[Tensor] | None = None  # what `left_out` said before a flush
         self._given = 0.0  # weight of the window, as far as the host knows
         self._weighed_on_device = False
+        self._views: dict[tuple[int, int], list[Tensor]] = {}
         self.adopt(options)
         if options.ema_decay is not None:
             self.core.ema_decay = options.ema_decay
@@ -319,24 +320,28 @@ class OnePass:
 
     # ---- What the last step found out ---------------------------------------------------------
 
+    def _found(self, field: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+        """A field of every verdict, as a view of its memory."""
+        verdicts = self.core.verdicts
+        if field not in self._views or len(self._views[field]) != len(verdicts):
+            self._views[field] = [verdict[slice(*field)].view(dtype)[0] for verdict in verdicts]
+        return self._views[field]
+
     def grad_norm(self) -> Tensor | None:
         """The norm, on the device."""
-        if not self.core.measures or not self.core.verdicts:
-            return None
-        verdict = self.core.verdicts[0]
-        return verdict[_NORM32].view(torch.float32)[0].clone()
+        norms = self._found(_NORM32, torch.float32)
+        return norms[0].clone() if self.core.measures and norms else None
 
     def was_skipped(self) -> Tensor:
         """Whether there was no update, on the device."""
-        if not self.core.verdicts:
-            return torch.zeros((), dtype=torch.bool)
-        return self.core.verdicts[0][_SKIP].view(torch.int32)[0] != 0
+        skips = self._found(_SKIP, torch.int32)
+        return skips[0] != 0 if skips else torch.zeros((), dtype=torch.bool)
 
     def left_out(self) -> list[Tensor]:
         """For each device 1.0 if the last gradients were left out, else 0.0: a ``found_inf``."""
         if self._asked is not None:
             return self._asked
-        return [(v[_TAKE].view(torch.int32)[0] == 0).float() for v in self.core.verdicts]
+        return [(take == 0).float() for take in self._found(_TAKE, torch.int32)]
 
 
 def _initializes(optimizer: FusedOptimizer) -> bool:

@@ -569,7 +569,7 @@ def test_accumulation_steps_in_the_middle_of_a_window_raises_and_loses_nothing()
     with pytest.raises(RuntimeError, match="1 of 3 micro-batches"):
         optimizer.accumulation_steps = 2
     assert optimizer.accumulation_steps == 3
-    with pytest.raises(RuntimeError, match="step\\(\\) itself counts"):
+    with pytest.raises(RuntimeError, match=r"step\(\) itself counts"):
         optimizer.accumulate()
     for step in range(2):
         set_grads(params, step)

@@ -409,7 +409,8 @@ def test_pipeline_records_every_stage(small, tmp_path, capsys):
     assert "fusedopt's AdamW with ema: on small" in said
     assert "RMSprop: torch has no fused step, its default was timed" in said
     assert "\N{HORIZONTAL ELLIPSIS}" not in said  # no column was cut off
-    assert (folder / "pipeline.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("pipeline.png", "pipeline_bytes.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
     content = json.loads(result.read_text())
     assert content["complete"]

@@ -5,7 +5,7 @@
 // namespace: template instantiations of different tiers have different names, so that the linker
 // can never hand one tier's code to another. Arithmetic uses the compiler's vector extension;
 // intrinsics appear only where it has no operator (roots, fp16) or where g++ 12 expands one badly
-// (words in and out of the halves of others, on AVX-512).
+// (words in and out of the halves of others, floats to doubles).
 #pragma once
 
 #if defined(__x86_64__)
@@ -89,12 +89,22 @@ FUSEDOPT_INLINE void store(double* to, Vec<double> v) {
 
 constexpr int kFloats = Vec<float>::kLanes;
 
+using HalfFloats = Native<float, kFloats / 2>::Type;
+
+FUSEDOPT_INLINE Vec<double> to_doubles(HalfFloats half) {
+#if defined(__x86_64__) && FUSEDOPT_VECTOR_BYTES == 64
+  return {(Vec<double>::Lanes)_mm512_maskz_cvtps_pd(0xff, (__m256)half)};
+#elif defined(__x86_64__) && FUSEDOPT_VECTOR_BYTES == 32
+  return {(Vec<double>::Lanes)_mm256_cvtps_pd((__m128)half)};
+#else
+  return {__builtin_convertvector(half, Vec<double>::Lanes)};
+#endif
+}
 // The lanes as doubles, in order.
 FUSEDOPT_INLINE void to_doubles(Vec<float> v, Vec<double>* to) {
-  using Half = Native<float, kFloats / 2>::Type;
-  Half halves[2];
+  HalfFloats halves[2];
   __builtin_memcpy(halves, &v.lanes, sizeof halves);
-  for (int h = 0; h < 2; ++h) to[h].lanes = __builtin_convertvector(halves[h], Vec<double>::Lanes);
+  for (int h = 0; h < 2; ++h) to[h] = to_doubles(halves[h]);
 }
 FUSEDOPT_INLINE void to_doubles(Vec<double> v, Vec<double>* to) { *to = v; }
 
@@ -187,9 +197,9 @@ FUSEDOPT_INLINE void load_doubles(const Storage* from, Vec<double>* to) {
 }
 FUSEDOPT_INLINE void load_doubles(const float* from, Vec<double>* to) {
   for (int h = 0; h < 2; ++h) {  // an instruction each, out of memory
-    Native<float, kFloats / 2>::Type half;
+    HalfFloats half;
     __builtin_memcpy(&half, from + h * (kFloats / 2), sizeof half);
-    to[h].lanes = __builtin_convertvector(half, Vec<double>::Lanes);
+    to[h] = to_doubles(half);
   }
 }
 
