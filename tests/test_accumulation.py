@@ -584,7 +584,7 @@ def test_a_sparse_gradient_cannot_be_accumulated():
     param = torch.nn.Parameter(torch.ones(4, 2))
     param.grad = torch.ones(4, 2).to_sparse()
     optimizer = fusedopt.SGD([param], lr=1.0)
-    with pytest.raises(ValueError, match="accumulate.* sparse"):
+    with pytest.raises(ValueError, match=r"accumulate.* sparse"):
         optimizer.accumulate()
     assert (param == 1).all()
     assert math.isclose(param.grad.to_dense().sum().item(), 8.0)
