@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fusedopt
-from fusedopt.in_backward import _Hook, _Streams
+from fusedopt.backward_parts import Streams
+from fusedopt.in_backward import _Hook
 from fusedopt.packing import Packed
 
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -285,7 +286,7 @@ def test_launches_of_several_streams_follow_each_other_and_the_caller_follows_th
     param = SimpleNamespace(is_cuda=True, device="cuda:0")
     grad = SimpleNamespace(is_cuda=True, is_sparse=False, device="cuda:0")
     grad.record_stream = lambda stream: done.append(f"kept for {stream.name}")
-    streams = _Streams()
+    streams = Streams()
 
     def launch(last=False):
         with streams.joined([grad], last=last):

@@ -23,7 +23,16 @@ CASES = "tests/cases.py"
 BOUNDS = "tests/tolerances.py"
 ORACLE_TABLES = (("tests/oracle.py", "RULES"), (BOUNDS, "PARAM_ULPS"), (BOUNDS, "STATE_ULPS"))
 SHARED = {  # modules of no rule
-    *("amp", "backends", "elsewhere", "functional", "grad_scaler", "in_backward", "loading"),
+    *(
+        "amp",
+        "backends",
+        "backward_parts",
+        "elsewhere",
+        "functional",
+        "grad_scaler",
+        "in_backward",
+        "loading",
+    ),
     *("onepass", "optimizer", "packing", "ranks", "routing", "with_onepass"),
 }
 SHARED_KERNELS = {"floor", "launcher", "math", "multi_tensor", "norm"}
