@@ -141,14 +141,16 @@ void run_strided(const Work& work, const Row& row, const Piece& piece, Task task
 // Asks for the beginnings of a piece's arrays: all of a tiny row, whose neighbours' kernels are too
 // short to wait for it.
 void prefetch_piece(const Span& span) {
-  constexpr int kLines = 4;
-  for (int line = 0; line < kLines; ++line) {
-    __builtin_prefetch(static_cast<const char*>(span.param) + 64 * line);
-    __builtin_prefetch(static_cast<const char*>(span.grad) + 64 * line);
-    for (const void* state : span.state) {
-      __builtin_prefetch(static_cast<const char*>(state) + 64 * line);
+  const auto ask = [](const void* array) {
+    if (array == nullptr) return;
+    constexpr int kLines = 4;
+    for (int line = 0; line < kLines; ++line) {
+      __builtin_prefetch(static_cast<const char*>(array) + 64 * line);
     }
-  }
+  };
+  ask(span.param);
+  ask(span.grad);
+  for (const void* state : span.state) ask(state);
 }
 
 bool takes_part(const Work& work, const Row& row) {

@@ -14,7 +14,8 @@ namespace {
 // reads, and this distance measured 5 to 15% faster than the hardware prefetchers alone.
 constexpr int64_t kPrefetchAhead = 1024;
 
-// What to prefetch at an offset into an array: a number, for it may lie beyond any array.
+// What to prefetch at an offset into an array: a number, for it may lie beyond any array. Never for an
+// array that is not there: an address that is not mapped is looked up all the way, each time.
 FUSEDOPT_INLINE uintptr_t ahead_of(const void* array) {
   return reinterpret_cast<uintptr_t>(array) + kPrefetchAhead;
 }
@@ -111,23 +112,22 @@ struct Update {
     constexpr int64_t kAhead = kPrefetchAhead / sizeof(P);
     const int64_t whole = span.count - span.count % V::kLanes;
     const int64_t ends[] = {whole > kAhead ? whole - kAhead : 0, whole};
-    uintptr_t ahead[2 + kMaxStates] = {ahead_of(at.param), ahead_of(at.grad)};
+    const auto or_param = [](const Span& of) { return of.grad != nullptr ? of.grad : of.param; };
+    uintptr_t ahead[2 + kMaxStates] = {ahead_of(at.param), ahead_of(or_param(span))};
     for (int k = 0; k < kStates; ++k) ahead[2 + k] = ahead_of(at.state[k]);
     int64_t i = 0;
     for (const int64_t end : ends) {
       for (; i < end; i += V::kLanes) {
         at.prefetch_at(ahead, i);
-        if (!kPlain) {
-          prefetch(ahead_of(at.accumulator + i));
-          prefetch(ahead_of(at.average + i));
-        }
+        if (!kPlain && at.accumulator != nullptr) prefetch(ahead_of(at.accumulator + i));
+        if (!kPlain && at.average != nullptr) prefetch(ahead_of(at.average + i));
         vector<kPlain>(at, i, factor, around, slot);
       }
       const auto begin = [&](const void* array, size_t size) {
         return reinterpret_cast<uintptr_t>(array) - i * size;
       };
       ahead[0] = begin(next.param, sizeof(P));
-      ahead[1] = begin(next.grad, sizeof(G));
+      ahead[1] = begin(or_param(next), sizeof(G));
       for (int k = 0; k < kStates; ++k) ahead[2 + k] = begin(next.state[k], sizeof(S));
     }
     if (i < span.count) tail<kPlain>(at, i, span.count - i, factor, around, slot);
@@ -190,6 +190,7 @@ struct Norm {
       const G* g = grad != nullptr ? grad + begin : nullptr;
       const T* a = accumulator != nullptr ? accumulator + begin : nullptr;
       const void* ahead = count > kNormBlock ? static_cast<const void*>(g + kNormBlock) : next.grad;
+      if (ahead == nullptr) ahead = g;
       if (count >= kNormBlock) {
         *to = sums(g, a, in, kRounds, reinterpret_cast<uintptr_t>(ahead));
       } else {
