@@ -1,6 +1,7 @@
 """Fixtures that several suites share."""
 
 import pytest
+import torch
 from devices import Cuda, Host, Interpreted, Rehearsed, TritonOnCuda, needs
 
 from fusedopt import backends
@@ -33,3 +34,12 @@ def check_hint(handle, key, value):
     """What kernels promise of an address must hold, which the interpreter itself does not mind."""
     assert key == "tt.divisibility"
     assert (handle.data % value[0] == 0).all()
+
+
+def pytest_collection_modifyitems(items):
+    """Leaves to the long run what the interpreter, slow as it is, shows in two dtypes as well."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        interpreted = Interpreted in params.values()
+        if interpreted and params.get("dtype") in (torch.float64, torch.float16):
+            item.add_marker(pytest.mark.slow)

@@ -249,9 +249,11 @@ struct Norm {
       for (int round = 0; round < rounds; ++round) {
         Vec<double> values[kParts];
         column(c + round * kNormClasses, values);
-        for (int part = 0; part < kParts; ++part) add_square<T>(values[part], low[part]);
+        for (int part = 0; part < kParts; ++part)
+          low[part] = low[part] + values[part] * values[part];
         column(c + kHalf + round * kNormClasses, values);
-        for (int part = 0; part < kParts; ++part) add_square<T>(values[part], high[part]);
+        for (int part = 0; part < kParts; ++part)
+          high[part] = high[part] + values[part] * values[part];
       }
       for (int part = 0; part < kParts; ++part) half[c / kDoubles + part] = low[part] + high[part];
     }

@@ -108,20 +108,6 @@ FUSEDOPT_INLINE void to_doubles(Vec<float> v, Vec<double>* to) {
 }
 FUSEDOPT_INLINE void to_doubles(Vec<double> v, Vec<double>* to) { *to = v; }
 
-// sum + x * x, where x was a T. The product of a float with itself is exact in double, so that one
-// instruction gives the bits of two.
-template <class T>
-FUSEDOPT_INLINE void add_square(Vec<double> x, Vec<double>& sum) {
-#if defined(__x86_64__) && FUSEDOPT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) {
-    sum.lanes =
-        (Vec<double>::Lanes)_mm512_fmadd_pd((__m512d)x.lanes, (__m512d)x.lanes, (__m512d)sum.lanes);
-    return;
-  }
-#endif
-  sum = sum + x * x;
-}
-
 using Words = Native<uint32_t, kFloats>::Type;
 using HalfWords = Native<uint16_t, kFloats>::Type;
 
