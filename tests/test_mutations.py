@@ -313,8 +313,7 @@ MUTATIONS = [
         rebuild="cuda/table.cpp",
         **_BODY,
     ),
-]
-_AROUND = [
+    # ---- Around the update
     Mutation(
         "a check is forgotten",
         "core/onepass.h",
@@ -448,7 +447,6 @@ _AROUND = [
         **_BODY,
     ),
 ]
-MUTATIONS += _AROUND
 
 
 def mutate(text: str, mutation: Mutation) -> str:
@@ -516,6 +514,11 @@ def copy_tree(target: Path) -> None:
     shutil.copytree(ROOT / "tests/cpp", target / "tests/cpp")
 
 
+def marks(test: str) -> list:
+    """Those of the drivers are slow: each compiles a tier, or the bodies of all kernels."""
+    return [] if test in ("rule_test", "dtype_test") else [pytest.mark.slow]
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     if shutil.which(CXX) is None:
@@ -523,7 +526,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("mutations"))
 
 
-@pytest.mark.parametrize("test", SOURCES)
+@pytest.mark.parametrize("test", [pytest.param(test, marks=marks(test)) for test in SOURCES])
 def test_unmutated_passes(workshop: Workshop, tmp_path: Path, test: str) -> None:
     workshop.build(test, tmp_path / test)
     result = run(tmp_path / test, workshop.golden)
@@ -531,14 +534,9 @@ def test_unmutated_passes(workshop: Workshop, tmp_path: Path, test: str) -> None
     assert re.search(rf"{test}: [1-9]\d* checks, 0 failures", result.stderr)
 
 
-def parameters() -> list:
-    """All mutations; slow ones compile every CUDA kernel's body, or are many."""
-    slow = [m for m in MUTATIONS if m.test in OWN_FLAGS and (m in _AROUND or not m.rebuild)]
-    marks = {m.name: [pytest.mark.slow] for m in slow}
-    return [pytest.param(m, id=m.name, marks=marks.get(m.name, [])) for m in MUTATIONS]
-
-
-@pytest.mark.parametrize("mutation", parameters())
+@pytest.mark.parametrize(
+    "mutation", [pytest.param(m, id=m.name, marks=marks(m.test)) for m in MUTATIONS]
+)
 def test_mutation_fails(workshop: Workshop, tmp_path: Path, mutation: Mutation) -> None:
     copy_tree(tmp_path)
     source = tmp_path / "csrc" / mutation.file
