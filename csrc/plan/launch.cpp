@@ -153,6 +153,19 @@ Question StepPlan::question_for(const Side& side, const AmpTensors& amp, const M
   return question;
 }
 
+// The CPU driver's norms, over all of its tables.
+void StepPlan::run_norms(const Side& side, const Question& question) const {
+  std::vector<Work> work = host_work({});
+  for (Work& item : work) {
+    item.kind = Work::Kind::kNorm;
+    item.kernel = current_tier().norm(item.table->storage.grad, item.table->storage.param);
+    item.sums = sums_at(side.blocks);
+    item.in = weight_in(question);
+  }
+  const py::gil_scoped_release no_gil;
+  run_tables(work, run_on_torch_pool);
+}
+
 // The norm's launches over a side's tables; `measure` is the last one's.
 void StepPlan::launch_norms(const Side& side, const std::vector<Board>& boards,
                             const Question& question, cuda::Measure measure) {
@@ -182,15 +195,7 @@ void StepPlan::measure(const std::vector<Board>& boards, const std::vector<Quest
     if (side.launcher == nullptr) {
       NormSums total;
       if (sums) {
-        std::vector<Work> work = host_work({});
-        for (Work& item : work) {
-          item.kind = Work::Kind::kNorm;
-          item.kernel = current_tier().norm(item.table->storage.grad, item.table->storage.param);
-          item.sums = sums_at(side.blocks);
-          item.in = weight_in(questions[s]);
-        }
-        const py::gil_scoped_release no_gil;
-        run_tables(work, run_on_torch_pool);
+        run_norms(side, questions[s]);
         total = sum_blocks(sums_at(side.blocks), side.block_count());
       }
       decide(questions[s], total, *verdict);
@@ -214,15 +219,7 @@ void StepPlan::measure_apart(const std::vector<Board>& boards,
     at::Tensor total = at::zeros({segments, 2}, at::TensorOptions(at::kDouble).device(side.device));
     NormSums* blocks = sums_at(side.blocks);
     if (side.launcher == nullptr) {
-      std::vector<Work> work = host_work({});
-      for (Work& item : work) {
-        item.kind = Work::Kind::kNorm;
-        item.kernel = current_tier().norm(item.table->storage.grad, item.table->storage.param);
-        item.sums = blocks;
-        item.in = weight_in(questions[s]);
-      }
-      const py::gil_scoped_release no_gil;
-      run_tables(work, run_on_torch_pool);
+      run_norms(side, questions[s]);
     } else {
       launch_norms(side, boards, questions[s], {blocks, 0, nullptr, nullptr, 0, 0});
     }

@@ -188,6 +188,7 @@ class StepPlan {
                const py::object& reduce);
   void measure_apart(const std::vector<Board>& boards, const std::vector<Question>& questions,
                      const py::object& reduce);
+  void run_norms(const Side& side, const Question& question) const;
   void launch_norms(const Side& side, const std::vector<Board>& boards, const Question& question,
                     cuda::Measure measure);
   Question question_for(const Side& side, const AmpTensors& amp, const Micro& micro,
