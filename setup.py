@@ -73,11 +73,7 @@ class Cuda:
     """Whether the CUDA kernels are built, with which toolkit and for which architectures."""
 
     def __init__(self) -> None:
-        self.home = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME") or ""
-        if not self.home and (found := shutil.which("nvcc")):
-            # The program on PATH may be a script that calls the real one, which knows where it is.
-            top = re.search(r"TOP=(\S+)", tell(found, "--dryrun", "-c", "x.cu"))
-            self.home = str(Path(top.group(1) if top else found.rpartition("/bin/")[0]).resolve())
+        self.home = self._home()
         self.nvcc = str(Path(self.home or "/", "bin", "nvcc"))
         release = re.search(r"release (\d+)\.(\d+)", tell(self.nvcc, "--version"))
         self.toolkit = ".".join(release.groups()) if release else ""
@@ -96,6 +92,28 @@ class Cuda:
             self.missing = ""
         self.architectures = "" if self.missing else self._architectures()
 
+    def _home(self) -> str:
+        """CUDA_HOME, or the toolkit of the nvcc on PATH, or torch's finding."""
+        if named := os.environ.get("CUDA_HOME"):
+            return named
+        if found := shutil.which("nvcc"):
+            # The program on PATH may be a script that calls the real one, which knows where it is,
+            # while torch takes the script's folder for the toolkit's.
+            top = re.search(r"TOP=(\S+)", tell(found, "--dryrun", "-c", "x.cu"))
+            return str(Path(top.group(1) if top else found.rpartition("/bin/")[0]).resolve())
+        return cpp_extension.CUDA_HOME or ""
+
+    def _runtime(self) -> Path | None:
+        """The runtime library, of the toolkit or, where that has none to link with, torch's."""
+        wheels = Path(torch.__file__).parent.parent / "nvidia"
+        folders = [
+            Path(self.home, folder) for folder in ("lib64", "lib", "targets/x86_64-linux/lib")
+        ]
+        for folder in [*folders, *sorted(wheels.glob("*/lib"))]:
+            if found := sorted(folder.glob(f"libcudart.so.{self.toolkit.split('.')[0]}*")):
+                return found[0]
+        return None
+
     def _missing(self) -> str:
         if not torch.version.cuda:
             return f"torch {TORCH} has no CUDA"
@@ -103,6 +121,8 @@ class Cuda:
             return "there is no nvcc; install CUDA's toolkit or set CUDA_HOME"
         if self.toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
             return f"nvcc is of CUDA {self.toolkit}, torch of CUDA {torch.version.cuda}"
+        if self._runtime() is None:
+            return f"there is no libcudart.so in {self.home} nor beside torch; set CUDA_HOME"
         return ""
 
     def _architectures(self) -> str:
@@ -121,12 +141,14 @@ class Cuda:
         if self.missing:
             return {}
         cpp_extension.CUDA_HOME = self.home  # which torch leaves unset where it has no CUDA
-        # torch's own runtime library, which is loaded before the extension.
-        libraries = ["cudart"] if torch.version.cuda else ["cudart_static", "rt", "dl"]
+        # torch's own runtime library, which is loaded before the extension, has this name, too.
+        runtime = self._runtime() if torch.version.cuda else None
         return {
             "define_macros": [("FUSEDOPT_WITH_CUDA", None)],
-            "libraries": libraries,
-            "library_dirs": [str(Path(self.home, folder)) for folder in ("lib64", "lib")],
+            "libraries": [f":{runtime.name}"] if runtime else ["cudart_static", "rt", "dl"],
+            "library_dirs": [str(runtime.parent)]
+            if runtime
+            else [str(Path(self.home, folder)) for folder in ("lib64", "lib")],
         }
 
 

@@ -8,27 +8,33 @@ builds the extension for this GPU's architecture, runs the tests that need a GPU
 beside torch's own and beside a kernel of the same traffic, alone and with the passes that torch
 needs around it, compares every rule with the CPU backend
 bit by bit, and runs compute-sanitizer. It needs torch, nvcc and what the tests need (pytest, numpy,
-rich), and fetches nothing. DIR/gpu_check.json is written after every part; a part that fails or
-cannot run is named and does not stop the others. The tables come last.
+rich), and fetches nothing; with pytest-xdist the tests run in several processes. DIR/gpu_check.json
+is written after every part, and DIR/<part>.log has all that its commands printed; a part that fails
+or cannot run is named and does not stop the others. The tables come last.
 
-``--rehearse`` does without a GPU what can be done without one: it compiles the CUDA part, and runs
-the other parts briefly on the CPU.
+``--parts tests,bits`` runs some of the parts, on what is built already unless ``build`` is among
+them. ``--rehearse`` does without a GPU what can be done without one: it compiles the CUDA part,
+and runs the other parts briefly on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +45,60 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 FILE = "gpu_check.json"
 Part = dict[str, Any]
+# Tests that have a GPU's half.
+SUITES = ("device", "cuda", "onepass", "accumulation", "in_backward")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+MOST_PROCESSES = 12  # of tests: each has a CUDA context of half a gigabyte on the device
+GRACE = 10  # seconds for an interrupted command to tell what it found
 # Seconds a part may take; all of them together are held to --minutes.
 LIMITS = {"build": 300, "tests": 220, "figures": 200, "pipeline": 60, "graphs": 60, "bits": 100,
-          "sanitizer": 90, "more than 2^31 elements": 60}  # fmt: skip
+          "sanitizer": 90, "large": 60}  # fmt: skip
 
 
 class NotRunError(Exception):
     """A part cannot run here; says why."""
 
 
-def run(command: list[str], limit: float, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command in the checkout; one that takes too long is ended and raises `NotRunError`."""
-    try:
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(limit, 1),
-            env={**os.environ, **environment},
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise NotRunError(f"cut off after {limit:.0f} s") from None
+@dataclass(frozen=True)
+class Done:
+    """How a command ended.
+
+    Attributes:
+        failed: it returned something else than 0.
+        output: what it printed.
+    """
+
+    failed: bool
+    output: str
+
+    def tail(self, lines: int = 30) -> str:
+        """The end of what it printed."""
+        return "\n".join(self.output.splitlines()[-lines:])
 
 
-def tail(done: subprocess.CompletedProcess[str], lines: int = 30) -> str:
-    """The end of what a command printed."""
-    return "\n".join((done.stdout + done.stderr).splitlines()[-lines:])
+def run(command: list[str], limit: float, log: Path, **environment: str) -> Done:
+    """Runs a command in the checkout and adds what it prints to `log`.
+
+    One that takes too long is interrupted, as by Ctrl-C, so that pytest still tells what it found,
+    and raises `NotRunError`.
+    """
+    with log.open("a+") as file:
+        begin = file.tell()
+        environment = {**os.environ, **environment}
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            process.wait(max(limit, 1))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            process.kill()
+            process.wait()
+            raise NotRunError(f"cut off after {limit:.0f} s") from None
+        file.seek(begin)
+        return Done(process.returncode != 0, file.read())
 
 
 class Check:
@@ -73,6 +109,7 @@ class Check:
         self.rehearse = rehearse
         self.end = time.monotonic() + 60 * minutes
         self.result: dict[str, Any] = {"machine": machine(), "rehearsal": rehearse, "parts": {}}
+        self.log = out / "check.log"
 
     def write(self) -> None:
         """Writes everything found so far."""
@@ -83,6 +120,8 @@ class Check:
         """Runs a part within its limit and what is left of the whole; keeps what it found."""
         limit = min(LIMITS[name.partition(":")[0]], self.end - time.monotonic())
         start = time.monotonic()
+        self.log = self.out / f"{re.sub('[^a-z0-9]+', '-', name)}.log"
+        self.log.unlink(missing_ok=True)
         print(f"{name} ...", flush=True)
         try:
             if limit < 5:
@@ -114,31 +153,32 @@ class Check:
             command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
             command += ["-q", "-e", "."]
         start = time.monotonic()
-        done = run(command, limit, FUSEDOPT_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture)
+        done = run(
+            command, limit, self.log, FUSEDOPT_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture
+        )  # fmt: skip
         return {
-            "status": "failed" if done.returncode else "passed",
             "architecture": architecture,
             "build_seconds": round(time.monotonic() - start, 1),
-            **({"reason": tail(done)} if done.returncode else {}),
+            **({"status": "failed", "reason": done.tail()} if done.failed else {}),
         }
 
     def tests(self, limit: float, *arguments: str) -> Part:
         """The tests that have a GPU's half, counted."""
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.xml")
-            command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
-            done = run(command, limit)
+            command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
+            if find_spec("xdist") is not None:  # most of the time goes to Triton's compiler
+                command += ["-n", str(min(os.cpu_count() or 1, MOST_PROCESSES))]
+            done = run(command, limit, self.log)
             text = report.read_text() if report.exists() else ""
         counts = {
             key: int(found.group(1)) if (found := re.search(rf'\b{key}="(\d+)"', text)) else None
             for key in ("tests", "failures", "errors", "skipped")
         }
-        if not done.returncode and counts["tests"] == counts["skipped"]:
+        if not done.failed and counts["tests"] == counts["skipped"]:
             raise NotRunError("all of them were skipped")
-        found = {"counts": counts, "status": "failed" if done.returncode else "passed"}
-        if done.returncode:
-            found["reason"] = tail(done)
-        return found
+        failure = {"status": "failed", "reason": done.tail()} if done.failed else {}
+        return {"counts": counts, **failure}
 
     def module(self, part: str, limit: float) -> Part:
         """A part of gpu_parts; what it found before it failed or was cut off is kept."""
@@ -147,8 +187,8 @@ class Check:
             command = [sys.executable, "-m", "fusedopt.bench.gpu_parts", part, str(file)]
             reason = ""
             try:
-                done = run(command + ["--rehearse"] * self.rehearse, limit)
-                reason = tail(done) if done.returncode else ""
+                done = run(command + ["--rehearse"] * self.rehearse, limit, self.log)
+                reason = done.tail() if done.failed else ""
             except NotRunError as cut:
                 reason = str(cut)
             rows = json.loads(file.read_text()) if file.exists() else []
@@ -176,19 +216,19 @@ class Check:
         command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m"]
         with tempfile.TemporaryDirectory() as folder:
             file = str(Path(folder, "rows.json"))
-            done = run([*command, "fusedopt.bench.gpu_parts", "drive", file], limit,
+            done = run([*command, "fusedopt.bench.gpu_parts", "drive", file], limit, self.log,
                        PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # fmt: skip
-        output = done.stdout + done.stderr
-        errors = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
-        if errors is None or "not supported" in output:
-            raise NotRunError(f"it could not attach: {tail(done, 3)}")
-        ours = len(re.findall(r"fusedopt::", output))
+        summary = r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard"
+        errors = re.search(summary, done.output)
+        if errors is None or "not supported" in done.output:
+            raise NotRunError(f"it could not attach: {done.tail(3)}")
+        ours = len(re.findall(r"fusedopt::", done.output))
         count = int(errors.group(1) or errors.group(2))
         return {
             "status": "failed" if ours else "passed",
             "errors": count,
             "in_our_kernels": ours,
-            **({"reason": tail(done)} if count else {}),
+            **({"reason": done.tail()} if count else {}),
         }
 
 
@@ -371,35 +411,57 @@ def show_pipeline(console: Console, result: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs all parts; 1 if one failed, 2 without a GPU."""
+    """Runs the parts asked for; 1 if one failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("out", type=Path, help=f"folder that {FILE} goes to")
+    parser.add_argument("out", type=Path, help=f"folder that {FILE} and the logs go to")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, what can be done")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all parts (default: 9.5)")
+    parser.add_argument(
+        "--parts",
+        type=lambda text: text.split(","),
+        default=list(LIMITS),
+        metavar="LIST",
+        help=f"some of {', '.join(LIMITS)} (default: all)",
+    )
+    parser.add_argument("--revision", help="of the sources, where there is no git to ask")
     options = parser.parse_args(arguments)
+    for name in options.parts:
+        if name not in LIMITS:
+            parser.error(f"--parts: unknown part {name!r}; wanted: some of {', '.join(LIMITS)}")
     if not options.rehearse and not torch.cuda.is_available():
         print(
             "torch sees no CUDA device; --rehearse does what can be done without", file=sys.stderr
         )
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    check = Check(options.out, options.rehearse, options.minutes)
+    check = Check(options.out.resolve(), options.rehearse, options.minutes)
+    if options.revision:
+        check.result["machine"]["git_revision"] = options.revision
     print(json.dumps(check.result["machine"], indent=1), flush=True)
-    built = check.part("build", check.build)
-    if built["status"] == "passed" or options.rehearse:
-        on_a_gpu = "not rehearsal and not interpreted"  # what runs on the host, other machines run
-        chosen = ["-k", "one_launch or replays" if options.rehearse else on_a_gpu, "-m", "not slow"]
-        suites = [f"tests/test_{name}.py" for name in ("device", "cuda", "onepass", "accumulation")]
-        suites.append("tests/test_in_backward.py")
-        check.part("tests", lambda limit: check.tests(limit, *suites, *chosen))
-        check.part("figures", lambda limit: check.module("figures", limit))
-        check.part("pipeline", lambda limit: check.module("pipeline", limit))
-        check.part("graphs", check.graphs)
-        check.part("bits", check.bits)
-        for tool in SANITIZERS:
-            check.part(f"sanitizer: {tool}", lambda limit, tool=tool: check.sanitizer(tool, limit))
-        large = ("tests/test_cuda.py", "-m", "slow")
-        check.part("more than 2^31 elements", lambda limit: check.tests(limit, *large))
+    wanted = options.parts
+    if "build" in wanted:
+        built = check.part("build", check.build)
+        if built["status"] != "passed" and not options.rehearse:
+            wanted = []
+    # What runs on the host, other machines run.
+    on_a_gpu = "(cuda or triton) and not rehearsal and not interpreted"
+    suites = [f"tests/test_{name}.py" for name in SUITES]
+    chosen = ["-k", "one_launch or replays" if options.rehearse else on_a_gpu, "-m", "not slow"]
+    parts: dict[str, Callable[[float], Part]] = {
+        "tests": lambda limit: check.tests(limit, *suites, *chosen),
+        "bits": check.bits,
+        "figures": lambda limit: check.module("figures", limit),
+        "pipeline": lambda limit: check.module("pipeline", limit),
+        "graphs": check.graphs,
+        **{
+            f"sanitizer: {tool}": lambda limit, tool=tool: check.sanitizer(tool, limit)
+            for tool in SANITIZERS
+        },
+        "large": lambda limit: check.tests(limit, "tests/test_cuda.py", "-m", "slow"),
+    }
+    for name, part in parts.items():
+        if name.partition(":")[0] in wanted:
+            check.part(name, part)
     show(check.result)
     return int(any(part["status"] == "failed" for part in check.result["parts"].values()))
 
