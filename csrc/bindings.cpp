@@ -1,10 +1,12 @@
-// The Python module fusedopt._C: the plan, the CPU tiers, the registry and the traffic floor.
+// The Python module fusedopt._C: the plan, the CPU tiers, the registry, the traffic floor, and the ring
+// that batches of data lie in.
 #include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "cpu/tiers.h"
+#include "data/ring.h"
 #include "plan/floor.h"
 #include "plan/plan.h"
 #include "plan/tensors.h"
@@ -128,6 +130,8 @@ PYBIND11_MODULE(_C, m) {
 
   // What `refresh` says of a flush that meets a gradient which is in no accumulator.
   m.attr("UNSEEN_GRADIENT") = kUnseenGradient;
+
+  bind_data(m);
 
   m.def("rules", &rules);
   m.def("state_names", &state_names, py::arg("rule"), py::arg("group"));

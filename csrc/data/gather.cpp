@@ -1,0 +1,107 @@
+#include "data/gather.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+namespace fusedopt {
+
+namespace {
+
+constexpr int64_t kLine = 64;  // bytes of a cache line
+// Bytes that a thread takes at a time: long enough for the counter not to matter, short enough for
+// threads to end together.
+constexpr int64_t kPieceBytes = 32 * 1024;
+// Waking a thread pays for itself above this; a batch below is copied by the caller.
+constexpr int64_t kSerialBytes = 64 * 1024;
+// Rows are anywhere in memory, where the processor cannot guess: the lines of a row this many bytes
+// ahead in the batch are asked for while the row before is copied.
+constexpr int64_t kAheadBytes = 4096;
+
+struct Rows {
+  const RowSource& source;
+  const int64_t* index;
+  int64_t first;
+
+  const char* at(int64_t i) const {
+    return source.rows + (index == nullptr ? first + i : index[i]) * source.stride;
+  }
+};
+
+template <int64_t kBytes>
+void copy_short(const Rows& rows, int64_t begin, int64_t end) {
+  char* to = rows.source.batch + begin * kBytes;
+  for (int64_t i = begin; i < end; ++i, to += kBytes) std::memcpy(to, rows.at(i), kBytes);
+}
+
+void copy_long(const Rows& rows, int64_t begin, int64_t end, int64_t count) {
+  const int64_t bytes = rows.source.bytes;
+  const int64_t ahead = std::max<int64_t>(1, kAheadBytes / std::max<int64_t>(bytes, 1));
+  const int64_t asked = std::min(bytes, kAheadBytes);
+  char* to = rows.source.batch + begin * bytes;
+  for (int64_t i = begin; i < end; ++i, to += bytes) {
+    if (i + ahead < count) {
+      const char* next = rows.at(i + ahead);
+      for (int64_t line = 0; line < asked; line += kLine) __builtin_prefetch(next + line);
+    }
+    std::memcpy(to, rows.at(i), static_cast<size_t>(bytes));
+  }
+}
+
+void copy(const Rows& rows, int64_t begin, int64_t end, int64_t count) {
+  switch (rows.source.bytes) {
+    case 0:
+      return;
+    case 1:
+      return copy_short<1>(rows, begin, end);
+    case 2:
+      return copy_short<2>(rows, begin, end);
+    case 4:
+      return copy_short<4>(rows, begin, end);
+    case 8:
+      return copy_short<8>(rows, begin, end);
+    default:
+      return copy_long(rows, begin, end, count);
+  }
+}
+
+}  // namespace
+
+int64_t first_outside(const int64_t* index, int64_t count, int64_t rows) {
+  const auto limit = static_cast<uint64_t>(rows);
+  const auto outside = [limit](int64_t i) { return static_cast<uint64_t>(i) >= limit; };
+  const int64_t* found = std::find_if(index, index + count, outside);
+  return found == index + count ? -1 : found - index;
+}
+
+void gather_rows(const std::vector<RowSource>& sources, const int64_t* index, int64_t first,
+                 int64_t count, const RunWorkers& run) {
+  struct Piece {
+    const RowSource* source;
+    int64_t begin;
+    int64_t end;
+  };
+  std::vector<Piece> pieces;
+  int64_t bytes = 0;
+  for (const RowSource& source : sources) {
+    const int64_t length = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(source.bytes, 1));
+    for (int64_t begin = 0; begin < count; begin += length) {
+      pieces.push_back({&source, begin, std::min(count, begin + length)});
+    }
+    bytes += source.bytes * count;
+  }
+  std::atomic<size_t> next{0};
+  const auto worker = [&] {
+    for (size_t p = next++; p < pieces.size(); p = next++) {
+      const Piece& piece = pieces[p];
+      copy({*piece.source, index, first}, piece.begin, piece.end, count);
+    }
+  };
+  if (bytes <= kSerialBytes) {
+    worker();
+  } else {
+    run(worker);
+  }
+}
+
+}  // namespace fusedopt

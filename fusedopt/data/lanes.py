@@ -1,0 +1,126 @@
+"""The way of batches to a device: a stream of its own, and events between it and the consumer's.
+
+A lane is told what to do by one thread that produces batches and one that consumes them.
+
+- The consumer's stream waits for the event after a batch's copies (`hand_over`).
+- The producing thread waits, on the host, until the consumer's stream is through with an earlier
+  batch (`progress`): a host that runs far ahead of its GPU would otherwise fill the GPU's memory.
+- Memory of a batch comes from torch's allocator, on the lane's stream, and is marked as used on the
+  consumer's: it is given out again when the consumer let go of it and its kernels are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A point in a stream."""
+
+    def query(self) -> bool:
+        """Whether everything before it is done."""
+
+    def synchronize(self) -> None:
+        """Waits until it is."""
+
+
+class Lane(Protocol):
+    """What the prefetcher asks of the way to a device."""
+
+    def working(self) -> AbstractContextManager[Any]:
+        """While it is entered, this thread's copies and kernels go to the lane's stream."""
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the device of a tensor in pinned memory; does not wait."""
+
+    def wait_for_others(self) -> None:
+        """The lane's stream waits for what this thread launched on its usual one."""
+
+    def done(self) -> Event:
+        """A point after all that was launched so far."""
+
+    def hand_over(self, done: Event, tensors: Iterable[torch.Tensor]) -> None:
+        """The consumer's current stream waits for `done`, and will use `tensors`."""
+
+    def progress(self) -> Event:
+        """A point after all that the consumer has launched so far on its current stream."""
+
+
+class DeviceLane:
+    """A lane to a GPU: of CUDA, ROCm or XPU.
+
+    Args:
+        device: with its index.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._module = torch.get_device_module(device)
+        self._stream = self._module.Stream(device)
+
+    def working(self) -> AbstractContextManager[Any]:
+        """While it is entered, this thread's copies and kernels go to the lane's stream."""
+        context: AbstractContextManager[Any] = self._module.stream(self._stream)
+        return context
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the device of a tensor in pinned memory; does not wait."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def wait_for_others(self) -> None:
+        """The lane's stream waits for what this thread launched on its usual one."""
+        self._stream.wait_stream(self._module.default_stream(self.device))
+
+    def done(self) -> Event:
+        """A point after all that was launched so far."""
+        event: Event = self._stream.record_event()
+        return event
+
+    def hand_over(self, done: Event, tensors: Iterable[torch.Tensor]) -> None:
+        """The consumer's current stream waits for `done`, and will use `tensors`."""
+        stream = self._module.current_stream(self.device)
+        stream.wait_event(done)
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                tensor.record_stream(stream)
+
+    def progress(self) -> Event:
+        """A point after all that the consumer has launched so far on its current stream."""
+        event = self._module.Event(blocking=True)  # a thread that spins would take a core
+        event.record(self._module.current_stream(self.device))
+        reached: Event = event
+        return reached
+
+
+def lane_to(device: torch.device | str | int) -> DeviceLane | None:
+    """The lane to a device; None for the CPU, where batches are.
+
+    Raises:
+        ValueError: batches cannot be sent to such a device.
+        RuntimeError: the device is not there.
+    """
+    wanted = torch.device(device)
+    if wanted.type == "cpu":
+        return None
+    if wanted.type not in ("cuda", "xpu"):
+        raise ValueError(
+            f"device={str(device)!r}: wanted 'cpu', 'cuda' or 'xpu', with or without index"
+        )
+    module = torch.get_device_module(wanted)
+    count = module.device_count() if module.is_available() else 0
+    if (wanted.index or 0) >= count:
+        raise RuntimeError(
+            f"device={str(device)!r} is not there: torch sees {count} {wanted.type} devices; "
+            "pass device='cpu', or run where there is one"
+        )
+    index = module.current_device() if wanted.index is None else wanted.index
+    return DeviceLane(torch.device(wanted.type, index))
+
+
+def working(lane: Lane | None) -> AbstractContextManager[Any]:
+    """The lane's stream as the current one; nothing where there is no lane."""
+    return nullcontext() if lane is None else lane.working()

@@ -1,0 +1,277 @@
+"""The thread that makes batches ahead of their consumer, and the channel between the two."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fusedopt import _C
+
+from .lanes import Event, Lane, working
+from .structure import difference, leaves_of, map_leaves, pins_itself
+
+JOIN_SECONDS = 5.0  # a source that takes longer for a batch ends by itself, after that batch
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A batch for the consumer.
+
+    Attributes:
+        batch: on its device, or on its way there.
+        state: where the source was after it, for `state_dict`.
+        done: when it has arrived; None where there is no device.
+    """
+
+    batch: Any
+    state: Any
+    done: Event | None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The source's end; `state` as of `Ready`."""
+
+    state: Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What the source raised in place of a batch."""
+
+    error: BaseException
+
+
+Item = Ready | Ended | Failed
+
+
+@dataclass
+class Channel:
+    """What one thread hands to another: at most `depth` batches, made or being made.
+
+    Attributes:
+        depth: how many batches the producer may be ahead.
+        closed: the consumer wants no more.
+        reached: where the consumer's stream was when it asked, one event an asking.
+    """
+
+    depth: int
+    closed: bool = False
+    reached: deque[Event] = field(default_factory=deque)
+    _items: deque[Item] = field(default_factory=deque)
+    _ahead: int = 0
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def reserve(self) -> bool:
+        """Waits for room for another batch; False if none is wanted any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.closed or self._ahead < self.depth)
+            self._ahead += 1
+            return not self.closed
+
+    def put(self, item: Item) -> None:
+        """Hands over what was reserved for."""
+        with self._changed:
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def take(self) -> Item:
+        """Waits for the next one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items)
+            self._ahead -= 1
+            self._changed.notify_all()
+            return self._items.popleft()
+
+    def close(self) -> None:
+        """Lets the producer end, and drops what it made."""
+        with self._changed:
+            self.closed = True
+            self._items.clear()
+            self._changed.notify_all()
+
+
+class Producer:
+    """Makes batches of a source's: brings them to the device, and transforms them.
+
+    Args:
+        source: yields (batch, state).
+        channel: where they go.
+        lane: to the device; None leaves batches where they are.
+        ring: page-locked buffers that tensors are sent from.
+        transform: what is done to a batch on its device.
+    """
+
+    def __init__(
+        self,
+        source: Iterator[tuple[Any, Any]],
+        channel: Channel,
+        lane: Lane | None,
+        ring: _C.Ring | None,
+        transform: Callable[[Any], Any] | None,
+    ) -> None:
+        self.source = source
+        self.channel = channel
+        self.lane = lane
+        self.ring = ring
+        self.transform = transform
+        # Pinned memory that copies may still read, until its event.
+        self._sending: deque[tuple[Event, list[torch.Tensor]]] = deque()
+        self._first: Any = None
+
+    def run(self) -> None:
+        """Until the source ends, fails, or nobody wants more."""
+        made = 0
+        try:
+            while self.channel.reserve():
+                item = self._next(made)
+                ended = not isinstance(item, Ready)
+                self.channel.put(item)
+                del item  # a batch that the consumer drops must not live on here
+                made += 1
+                if ended:
+                    break
+        finally:
+            # In this thread, where a generator can be closed: no other runs it.
+            if callable(close := getattr(self.source, "close", None)):
+                close()
+
+    def _next(self, number: int) -> Item:
+        try:
+            batch, state = next(self.source)
+            if batch is END:
+                return Ended(state)
+            if number == 0:
+                self._first = map_leaves(batch, _shape_of_leaf)
+            elif found := difference(self._first, batch):
+                raise ValueError(
+                    f"batch {number} of the loader has another structure than the first: {found}; "
+                    "wanted: the same containers, keys and tensors in every batch"
+                )
+            with working(self.lane):
+                sent: list[torch.Tensor] = []
+                if self.lane is not None:
+                    self._wait_for_room(number)
+                    batch, sent = self._sent(batch, self.lane)
+                if self.transform is not None:
+                    batch = self.transform(batch)
+                done = None if self.lane is None else self.lane.done()
+            if done is not None:
+                self._sending.append((done, sent))
+            return Ready(batch, state, done)
+        except BaseException as error:  # whatever it is, it is the consumer's
+            return Failed(error)
+
+    def _wait_for_room(self, number: int) -> None:
+        # There is room for batch n once n - depth + 1 batches were asked for. When it asked for
+        # n - depth, the consumer had launched all its work on the one before: that has to be done,
+        # while its work on the batches since then keeps the device busy.
+        if number >= self.channel.depth:
+            self.channel.reached.popleft().synchronize()
+        while self._sending and self._sending[0][0].query():
+            self._sending.popleft()
+
+    def _sent(self, batch: Any, lane: Lane) -> tuple[Any, list[torch.Tensor]]:
+        """A batch on its device, and the pinned memory it is copied from."""
+        leaves = list(leaves_of(batch))
+        if any(isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu" for leaf in leaves):
+            lane.wait_for_others()
+        plain = [leaf for leaf in leaves if is_plain(leaf) and not leaf.is_pinned()]
+        assert self.ring is not None
+        copies = iter(self.ring.copy(plain))
+        sent: list[torch.Tensor] = []
+
+        def send(leaf: Any) -> Any:
+            if is_plain(leaf):
+                pinned = leaf if leaf.is_pinned() else next(copies)
+                sent.append(pinned)
+                return lane.send(pinned)
+            if pins_itself(leaf):
+                leaf = leaf.pin_memory()
+                sent.append(leaf)
+            if isinstance(leaf, torch.Tensor) or pins_itself(leaf):
+                return lane.send(leaf)
+            return leaf
+
+        return map_leaves(batch, send), sent
+
+
+END = object()  # in place of a source's last batch
+
+
+def is_plain(leaf: Any) -> bool:
+    """Whether a leaf is a tensor whose values lie in host memory, and nothing else."""
+    return (
+        type(leaf) in (torch.Tensor, torch.nn.Parameter)
+        and leaf.device.type == "cpu"
+        and leaf.layout == torch.strided
+        and not (leaf.requires_grad or leaf.is_conj() or leaf.is_neg() or leaf.is_quantized)
+    )
+
+
+def _shape_of_leaf(leaf: Any) -> Any:
+    """What `difference` needs of a leaf, without its memory."""
+    return torch.empty(0) if isinstance(leaf, torch.Tensor) else leaf
+
+
+_running: weakref.WeakSet[Iteration] = weakref.WeakSet()
+
+
+class Iteration:
+    """One pass over a source, some batches ahead, in a thread.
+
+    It ends, and its thread with it, when the source does, when it is closed, or dropped, or when
+    the interpreter exits. After a fork the child has no such thread: there it says so.
+    """
+
+    def __init__(self, producer: Producer) -> None:
+        self._channel = producer.channel
+        self._lane = producer.lane
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=producer.run, name="fusedopt.data", daemon=True)
+        self._thread.start()
+        _running.add(self)
+
+    def next(self) -> Ready | Ended:
+        """The next batch, or that there is none; raises what the source raised in its place."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"this iterator belongs to process {self._process}, and its thread did not come "
+                f"along to process {os.getpid()}; call iter() on the loader again there"
+            )
+        if self._lane is not None:
+            self._channel.reached.append(self._lane.progress())
+        item = self._channel.take()
+        if isinstance(item, Failed):
+            try:
+                raise item.error
+            finally:
+                del item  # or its traceback would hold it, and it its traceback
+        if isinstance(item, Ready) and item.done is not None and self._lane is not None:
+            tensors = [t for t in leaves_of(item.batch) if isinstance(t, torch.Tensor)]
+            self._lane.hand_over(item.done, tensors)
+        return item
+
+    def close(self) -> None:
+        """Ends the thread; again and again is no error."""
+        if os.getpid() != self._process:
+            return  # its lock may be held by a thread that is not here
+        self._channel.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join(JOIN_SECONDS)
+        _running.discard(self)
+
+
+@atexit.register
+def close_all() -> None:
+    """Ends all threads while the interpreter can still wait for them."""
+    for iteration in list(_running):
+        iteration.close()
