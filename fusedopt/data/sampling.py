@@ -1,12 +1,12 @@
 """In which order rows are drawn: as a torch DataLoader with the same arguments draws them.
 
-Random numbers are drawn from the same generators, in the same order and number, so that a program that
-changes its loader sees the same batches, and the same random numbers after them:
+Random numbers are drawn from the same generators, in the same order and number, so that a program
+that changes its loader sees the same batches, and the same random numbers after them:
 
 - At the start of an epoch a DataLoader draws a seed for its workers, from its generator or from
   torch's default one, whether it has workers or not.
-- RandomSampler without a generator draws the seed of one from torch's default; at the end of the data
-  it draws another permutation, of which it uses nothing.
+- RandomSampler without a generator draws the seed of one from torch's default; at the end of the
+  data it draws another permutation, of which it uses nothing.
 - DistributedSampler seeds a generator of its own with ``seed + epoch``.
 """
 
@@ -41,12 +41,41 @@ class Epoch:
     generator: torch.Generator | None = None
 
     def finish(self, rows: int) -> None:
-        """Draws what RandomSampler draws after the last row."""
+        """Draws what RandomSampler draws after the last row; once."""
         if self.generator is not None:
             torch.randperm(rows, generator=self.generator)
+        self.generator = None
 
 
-class InOrder:
+class Order:
+    """What the orders have in common.
+
+    Attributes:
+        samples: how many rows an epoch has.
+        resumed: the state of an epoch under way, which is begun next.
+    """
+
+    samples: int
+    resumed: State | None = None
+
+    def begin(self) -> Epoch:
+        """The next epoch."""
+        raise NotImplementedError
+
+    def between(self) -> State:
+        """What the next epoch can be drawn from."""
+        raise NotImplementedError
+
+    def restore(self, state: State, under_way: bool) -> None:
+        """Goes back to a state, of an epoch that was under way or of the time between two."""
+        self.resumed = state if under_way else None
+
+    def _take_resumed(self) -> State | None:
+        resumed, self.resumed = self.resumed, None
+        return resumed
+
+
+class InOrder(Order):
     """Rows as they lie, or shuffled.
 
     Args:
@@ -60,34 +89,34 @@ class InOrder:
         self.shuffle = shuffle
         self.generator = generator
 
-    def begin(self, state: State | None) -> Epoch:
-        """The next epoch's order; that of `state` again, if it is one of an epoch under way."""
-        if state and state.get("generator") is not None:
-            if self.generator is None:
-                raise ValueError(
-                    "the state is of a loader that was given a generator; wanted: one of a loader "
-                    "without, like this one; pass generator=torch.Generator()"
-                )
-            self.generator.set_state(state["generator"])
-        known = state.get("seed") if state else None
-        start = self.generator.get_state() if self.generator is not None else None
-        if known is None:
+    def begin(self) -> Epoch:
+        """The next epoch."""
+        resumed = self._take_resumed()
+        state = self.between()
+        # What torch's default generator gave to an epoch under way is not taken from it again.
+        if resumed is None or self.generator is not None:
             draw_seed(self.generator)
         if not self.shuffle:
-            return Epoch(None, {"generator": start})
+            return Epoch(None, state)
         if self.generator is not None:
             index = torch.randperm(self.rows, generator=self.generator)
-            return Epoch(index, {"generator": start}, self.generator)
-        seed = draw_seed() if known is None else known
+            return Epoch(index, state, self.generator)
+        seed = draw_seed() if resumed is None else resumed["seed"]
         own = torch.Generator().manual_seed(seed)
-        return Epoch(torch.randperm(self.rows, generator=own), {"seed": seed})
+        return Epoch(torch.randperm(self.rows, generator=own), {**state, "seed": seed})
 
     def between(self) -> State:
-        """What the next epoch's order can be drawn from."""
+        """What the next epoch can be drawn from."""
         return {"generator": None if self.generator is None else self.generator.get_state()}
 
+    def restore(self, state: State, under_way: bool) -> None:
+        """Goes back to a state; the generator's is set at once."""
+        super().restore(state, under_way)
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
 
-class Distributed:
+
+class Distributed(Order):
     """One rank's share of the rows, as DistributedSampler's.
 
     Args:
@@ -110,11 +139,9 @@ class Distributed:
         self.epoch = 0
         self.samples = rows // world_size if drop_last else -(-rows // world_size)
 
-    def begin(self, state: State | None) -> Epoch:
-        """The order of the epoch that was set; that of `state`, if it is one of an epoch under way."""
-        if state:
-            self.epoch = state["epoch"]
-        else:
+    def begin(self) -> Epoch:
+        """The epoch that was set."""
+        if self._take_resumed() is None:
             draw_seed()
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = (
@@ -123,17 +150,22 @@ class Distributed:
             else torch.arange(self.rows)
         )
         total = self.samples * self.world_size
-        if self.rows < total:
-            order = order.repeat(-(-total // max(self.rows, 1)))
+        if self.rows < total:  # as often over as it takes
+            order = order.repeat(-(-total // self.rows))
         return Epoch(order[self.rank : total : self.world_size].contiguous(), self.between())
 
     def between(self) -> State:
-        """What the next epoch's order can be drawn from."""
+        """What the next epoch can be drawn from."""
         return {"epoch": self.epoch}
 
+    def restore(self, state: State, under_way: bool) -> None:
+        """Goes back to a state; a later `set_epoch` counts all the same."""
+        super().restore(state, under_way)
+        self.epoch = state["epoch"]
 
-class Sampled:
-    """Rows in the order of a sampler, whose length may be any.
+
+class Sampled(Order):
+    """Rows in the order of a sampler.
 
     Args:
         sampler: iterated over for every epoch; yields row numbers.
@@ -145,22 +177,19 @@ class Sampled:
         self.generator = generator
 
     @property
-    def samples(self) -> int:
+    def samples(self) -> int:  # type: ignore[override]
         """The sampler's length."""
         return len(self.sampler)  # type: ignore[arg-type]
 
-    def begin(self, state: State | None) -> Epoch:
-        """The sampler's next order, or the one in `state`."""
-        if state:
-            index = state["index"]
-        else:
-            draw_seed(self.generator)
-            index = torch.as_tensor(list(self.sampler), dtype=torch.int64)
+    def begin(self) -> Epoch:
+        """The sampler's next order, or that of an epoch under way."""
+        resumed = self._take_resumed()
+        if resumed is not None:
+            return Epoch(resumed["index"], resumed)
+        draw_seed(self.generator)
+        index = torch.as_tensor(list(self.sampler), dtype=torch.int64)
         return Epoch(index, {"index": index})
 
     def between(self) -> State:
         """Nothing: what comes next only the sampler knows."""
         return {}
-
-
-Order = InOrder | Distributed | Sampled

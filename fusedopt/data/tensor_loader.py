@@ -19,15 +19,15 @@ from .sampling import Distributed, Epoch, InOrder, Order, Sampled, State
 class TensorLoader:
     """Batches of rows of tensors, as a ``DataLoader`` over a ``TensorDataset`` makes them.
 
-    Each batch is gathered by one call, on all threads, straight into buffers that are used again once
-    nobody holds them: one pass over memory. Batches, their order, and the random numbers drawn are
-    those of ``DataLoader(TensorDataset(*tensors), batch_size, shuffle, drop_last=drop_last,
+    Each batch is gathered by one call, on all threads, straight into buffers that are used again
+    once nobody holds them: one pass over memory. Batches, their order, and the random numbers drawn
+    are those of ``DataLoader(TensorDataset(*tensors), batch_size, shuffle, drop_last=drop_last,
     generator=generator)``. A batch belongs to whoever it was yielded to.
 
     Args:
-        *tensors: of one length in their first dimension, on the CPU, in memory or mapped from a file
-            (``torch.from_file``, ``torch.from_numpy(numpy.memmap(...))``). Batches are lists of as
-            many tensors. Or one mapping of names to tensors: batches are dicts.
+        *tensors: of one length in their first dimension, on the CPU, in memory or mapped from a
+            file (``torch.from_file``, ``torch.from_numpy(numpy.memmap(...))``). Batches are lists
+            of as many tensors. Or one mapping of names to tensors: batches are dicts.
         batch_size: rows of a batch. Default: 1.
         shuffle: another random order in every epoch. Default: False.
         drop_last: leaves out a last batch that is smaller. Default: False.
@@ -77,7 +77,7 @@ class TensorLoader:
         self.dataset: Dataset[Any] = (
             TensorDataset(*self._tensors)
             if named is None
-            else StackDataset(**dict(zip(named, self._tensors, strict=True)))
+            else StackDataset(**dict(zip(named, self._tensors, strict=True)))  # type: ignore[arg-type]
         )
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(
@@ -118,7 +118,7 @@ class TensorLoader:
     def _host_batches(self) -> Iterator[tuple[Any, State | None]]:
         """The (batch, state after it) pairs of an epoch, in host memory."""
         resumed, self._resumed = self._resumed, None
-        epoch = self._order.begin(resumed and resumed["order"])
+        epoch = self._order.begin()
         done = resumed["batches"] if resumed else 0
         samples = self._order.samples if epoch.index is None else len(epoch.index)
         stop = samples - samples % self.batch_size if self.drop_last else samples
@@ -126,9 +126,11 @@ class TensorLoader:
             count = min(self.batch_size, stop - first)
             batch = self._ring.gather(self._tensors, epoch.index, first, count)
             done += 1
+            if count < self.batch_size:
+                epoch.finish(len(self._tensors[0]))  # a DataLoader finds the end with this one
             yield self._assembled(batch), self._state_of(epoch, done)
             del batch
-        epoch.finish(len(self._tensors[0]))
+        epoch.finish(len(self._tensors[0]))  # of whole batches, it is found after them
         yield END, None
 
     def _assembled(self, batch: list[torch.Tensor]) -> Any:
@@ -160,8 +162,8 @@ class TensorLoader:
             method(epoch)
         else:
             raise ValueError(
-                f"set_epoch({epoch}): the order of this loader does not depend on an epoch; wanted: "
-                "a loader with rank and world_size, or with a sampler that has set_epoch"
+                f"set_epoch({epoch}): the order of this loader does not depend on an epoch; "
+                "wanted: a loader with rank and world_size, or with a sampler that has set_epoch"
             )
 
     def state_dict(self) -> State:
@@ -191,15 +193,14 @@ class TensorLoader:
         other = [name for name, value in mine["of"].items() if theirs.get(name) != value]
         if other:
             told = ", ".join(f"{n}={theirs.get(n)!r} instead of {mine['of'][n]!r}" for n in other)
-            raise ValueError(
-                f"state_dict: it is of a loader with {told}; load it into one like that"
-            )
+            raise ValueError(f"state_dict: it is of a loader with {told}; load it into such a one")
         given = state_dict["order"].get("generator") is not None
         if isinstance(self._order, InOrder) and given != (self.generator is not None):
             raise ValueError(
-                f"state_dict: it is of a loader {'with' if given else 'without'} a generator, this one "
-                f"is {'without' if given else 'with'}; load it into one like that"
+                f"state_dict: it is of a loader {'with' if given else 'without'} a generator, this "
+                f"one is {'without' if given else 'with'}; load it into such a one"
             )
+        self._order.restore(state_dict["order"], state_dict["batches"] > 0)
         self._resumed = {**state_dict}
         self._state = None
 
@@ -217,20 +218,20 @@ def _checked_tensors(
     for label, tensor in zip(labels, tensors, strict=True):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
-                f"tensors: {label} is a {type(tensor).__name__}; wanted: tensors, or one mapping of "
-                "them; torch.from_numpy makes one of an array without copying"
+                f"tensors: {label} is a {type(tensor).__name__}; wanted: tensors, or one mapping "
+                "of them; torch.from_numpy makes one of an array without copying"
             )
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             raise ValueError(
-                f"tensors: {label} is on {tensor.device} with layout {tensor.layout}; wanted: dense "
-                "tensors on the CPU; what is on a GPU already, index_select takes batches of"
+                f"tensors: {label} is on {tensor.device} with layout {tensor.layout}; wanted: "
+                "dense tensors on the CPU; of what is on a GPU already, index_select takes batches"
             )
         if tensor.dim() == 0:
             raise ValueError(f"tensors: {label} has no dimension; wanted: at least one, the rows")
         if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
             raise ValueError(
-                f"tensors: {label} is a lazy conjugate or negative, or quantized; wanted: values in "
-                "memory; call resolve_conj(), resolve_neg() or dequantize()"
+                f"tensors: {label} is a lazy conjugate or negative, or quantized; wanted: values "
+                "in memory; call resolve_conj(), resolve_neg() or dequantize()"
             )
         if len(tensor) > 0 and not tensor[0].is_contiguous():
             raise ValueError(
@@ -270,7 +271,7 @@ def _order_of(
         return InOrder(rows, shuffle, generator)
     if generator is not None:
         raise ValueError(
-            "generator: excludes rank and world_size, since all ranks must draw one order; pass seed"
+            "generator: excludes rank and world_size: all ranks must draw one order; pass seed"
         )
     if not 0 <= rank < world_size:
         raise ValueError(
