@@ -1,4 +1,4 @@
-"""DevicePrefetcher: the right batches, whole, ahead, on every kind of loader and every way to end."""
+"""DevicePrefetcher: the right batches, whole, ahead, for every kind of loader and way to end."""
 
 import os
 import random
@@ -38,6 +38,12 @@ def numbers(found):
         assert values.unique().numel() == 1
         result.append(int(values[0].item()))
     return result
+
+
+def collect(loader, found):
+    """Appends all batches, so that those before an error are there."""
+    for batch in loader:
+        found.append(batch)
 
 
 def threads():
@@ -282,9 +288,12 @@ def test_a_break_ends_the_thread_and_the_source(way):
 
 
 def test_an_exception_in_the_consumer_ends_the_thread(way):
-    with pytest.raises(KeyError):
-        for _ in way(Source(1000)):
+    class Refuses:
+        def append(self, batch):
             raise KeyError
+
+    with pytest.raises(KeyError):
+        collect(way(Source(1000)), Refuses())
     assert no_threads()
 
 
@@ -292,8 +301,7 @@ def test_an_exception_in_the_consumer_ends_the_thread(way):
 def test_an_exception_of_the_source_comes_at_its_batch(way, at):
     found = []
     with pytest.raises(ZeroDivisionError, match=f"batch {at}") as caught:
-        for batch in way(Source(10, fail_at=at)):
-            found.append(batch)
+        collect(way(Source(10, fail_at=at)), found)
     assert numbers(found) == list(range(at))
     assert "in __iter__" in "".join(str(entry) for entry in caught.traceback)
     assert no_threads()
@@ -307,8 +315,7 @@ def test_an_exception_of_the_transform_comes_at_its_batch():
 
     found = []
     with pytest.raises(OverflowError, match="four"):
-        for batch in to_cpu(Source(10), transform=refuse):
-            found.append(batch)
+        collect(to_cpu(Source(10), transform=refuse), found)
     assert numbers(found) == [0, 1, 2, 3]
 
 
@@ -327,8 +334,7 @@ class Failing(Dataset):
 def test_an_exception_in_a_worker_comes_at_its_batch(workers):
     found = []
     with pytest.raises(ZeroDivisionError, match="row 9"):
-        for batch in to_cpu(DataLoader(Failing(), batch_size=3, num_workers=workers)):
-            found.append(batch)
+        collect(to_cpu(DataLoader(Failing(), batch_size=3, num_workers=workers)), found)
     assert numbers(found) == [0, 1, 2]
     assert no_threads()
 

@@ -1,4 +1,4 @@
-"""TensorLoader: a DataLoader's batches and random numbers, from reused buffers, exactly resumable."""
+"""TensorLoader: a DataLoader's batches and random numbers, from reused buffers, resumable."""
 
 import itertools
 import random
@@ -206,8 +206,9 @@ def consume(loader, rows, patience):
     held = []
     for x, y in loader:
         expected = y.clone()
-        held.append((chance.choice([x, x[1:], x.view(-1), x.numpy() if x.device.type == "cpu" else x]),
-                     x[:, 0].clone(), expected))  # fmt: skip
+        views = [x, x[1:], x.view(-1), x.numpy() if x.device.type == "cpu" else x]
+        held.append((chance.choice(views), x[:, 0].clone(), expected))
+        del views
         if not torch.equal(x[:, 0], rows[expected.cpu()].to(x.device)):
             return "a new batch is torn"
         del x, y

@@ -1,0 +1,251 @@
+"""The load job: how fast do batches come, and what of it does a GPU's loop notice?
+
+Feeds race round-robin in this process over one set of rows in memory, an epoch each a round. On a GPU
+there is more to see: how close the way to the device comes to a memcpy from page-locked memory, how
+much of the copying hides behind a kernel, and what a batch costs the host.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from timeit import default_timer
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from fusedopt.data import DevicePrefetcher, TensorLoader
+
+from . import feeds
+from .feeds import CANDIDATE, FEEDS, Rows
+from .timing import Race, Stats, run_race, time_once
+
+MIB = 2**20
+TRANSFERS = (1, 4, 16, 64)  # MiB of a batch
+BATCHES = 64  # of a pass over a batch size on a GPU
+
+
+@dataclass
+class Row:
+    """What was measured of one set of rows.
+
+    Attributes:
+        work: the rows.
+        device: where batches went.
+        race: seconds an epoch, by feed and round.
+        unavailable: by feed that did not run, the reason.
+    """
+
+    work: Rows
+    device: str
+    race: Race = field(default_factory=Race)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    def ratio(self, name: str) -> Stats | None:
+        """A feed's epoch over ours; None if one of them did not run."""
+        if name not in self.race.seconds or CANDIDATE not in self.race.seconds:
+            return None
+        return self.race.ratio(name, CANDIDATE)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything measured, as it stands in a result file."""
+        medians = {name: self.race.stats(name).median for name in self.race.seconds}
+        return {
+            "workload": self.work.name,
+            "device": self.device,
+            "rows": self.work.rows,
+            "batch_size": self.work.batch_size,
+            "batch_bytes": self.work.batch_bytes,
+            "epoch_seconds": {n: asdict(self.race.stats(n)) for n in self.race.seconds},
+            "samples_per_second": {n: self.work.rows / s for n, s in medians.items()},
+            "bytes_per_second": {n: self.work.epoch_bytes / s for n, s in medians.items()},
+            "over_fusedopt": {
+                n: asdict(ratio) for n in medians if (ratio := self.ratio(n)) is not None
+            },
+            "unavailable": self.unavailable,
+        }
+
+
+def measure(
+    names: list[str],
+    wanted: list[str],
+    device: str,
+    rounds: int,
+    seconds: float,
+    on_round: Callable[[str], None] = lambda label: None,
+) -> Iterator[Row]:
+    """Races the feeds over each set of rows.
+
+    Args:
+        names: of ``feeds.WORKLOADS``.
+        wanted: names of ``FEEDS``.
+        device: where batches go.
+        rounds: of a row.
+        seconds: what a feed may take of a row before it sits rounds out.
+        on_round: called before each round with a label, to move a progress bar.
+    """
+    for name in names:
+        row = Row(feeds.WORKLOADS[name], device)
+        data = row.work.tensors()
+        epochs = {}
+        for feed in wanted:
+            if reason := FEEDS[feed].unavailable():
+                row.unavailable[feed] = reason
+            else:
+                epochs[feed] = FEEDS[feed].build(device, data, row.work)
+        run_race(row.race, epochs, rounds, seconds, lambda _, label=name: on_round(label))
+        yield row
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+
+class Repeated:
+    """A loader of one batch, in page-locked memory or not, many times over."""
+
+    def __init__(self, tensor: torch.Tensor, count: int) -> None:
+        self.tensor = tensor
+        self.count = count
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for _ in range(self.count):
+            yield self.tensor
+
+
+def transfer(mib: int, rounds: int = 9) -> dict[str, Any]:
+    """Bytes a second of batches on their way to the GPU, beside a memcpy; and what hides of it."""
+    bytes_each = mib * MIB
+    pinned = torch.zeros(bytes_each, dtype=torch.uint8).pin_memory()
+    there = torch.empty_like(pinned, device="cuda")
+    rows = torch.zeros(16 * 1024, bytes_each // 1024, dtype=torch.uint8)
+    index = torch.zeros(1, device="cuda")
+
+    def copies() -> None:
+        for _ in range(BATCHES):
+            there.copy_(pinned, non_blocking=True)
+        torch.cuda.synchronize()
+
+    def passes(loader: Any, work: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for batch in loader:
+                work()
+                del batch
+            torch.cuda.synchronize()
+
+        return run
+
+    def compute() -> None:
+        for _ in range(BATCHES):
+            sleep()
+        torch.cuda.synchronize()
+
+    def idle() -> None:
+        pass
+
+    copy_seconds = statistics.median(time_once(copies) for _ in range(5)) / BATCHES
+    cycles = int(1.5 * copy_seconds * 1.7e9)  # a kernel half as long again as a copy
+
+    def sleep() -> None:
+        torch.cuda._sleep(cycles)
+        index.add_(1)
+
+    ready = DevicePrefetcher(Repeated(pinned, BATCHES), "cuda")
+    gathered = TensorLoader(rows, batch_size=1024, shuffle=True, device="cuda")
+    in_rows = BATCHES / len(gathered)
+    race = Race()
+    steps = {
+        "memcpy": copies,
+        "prefetcher": passes(ready, idle),
+        "loader": passes(gathered, idle),
+        "compute": compute,
+        "prefetcher, compute": passes(ready, sleep),
+    }
+    run_race(race, steps, rounds, 10.0)
+    seconds = {name: race.stats(name).median / BATCHES for name in steps}
+    seconds["loader"] *= in_rows
+    rates = {n: bytes_each / seconds[n] for n in ("memcpy", "prefetcher", "loader")}
+    share = race.ratio("memcpy", "prefetcher")
+    hidden = [
+        (copied + computed - both) / copied
+        for copied, computed, both in zip(
+            race.seconds["memcpy"], race.seconds["compute"], race.seconds["prefetcher, compute"],
+            strict=True,
+        )
+        if not math.isnan(copied + computed + both)
+    ]  # fmt: skip
+    return {
+        "batch_mib": mib,
+        "bytes_per_second": rates,
+        "prefetcher_over_memcpy": asdict(share),
+        "loader_over_memcpy": rates["loader"] / rates["memcpy"],
+        "hidden": asdict(Stats.of(hidden)),
+        "host_us": host_microseconds(ready),
+    }
+
+
+def host_microseconds(loader: Any) -> float:
+    """Median of what asking for a batch takes that has been ready for long."""
+    times = []
+    iterator = iter(loader)
+    next(iterator)
+    for _ in range(20):
+        torch.cuda._sleep(2_000_000)
+        torch.cuda.synchronize()
+        start = default_timer()
+        next(iterator)
+        times.append(default_timer() - start)
+    iterator.close()
+    return statistics.median(times) * 1e6
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def table(row: Row) -> Table:
+    """Samples and bytes a second, and the factor by which ours is faster."""
+    work = row.work
+    title = (
+        f"{work.name}: {work.summary}, {work.batch_size} a batch ({work.batch_bytes / 1e6:.2g} MB)"
+    )
+    told = Table("feed", title=title)
+    for head in ("ms an epoch", "samples/s", "GB/s", "TensorLoader is"):
+        told.add_column(head, justify="right")
+    for name in row.race.seconds:
+        seconds, ratio = row.race.stats(name).median, row.ratio(name)
+        faster = "" if name == CANDIDATE or ratio is None else f"{ratio.median:.2f} times as fast"
+        told.add_row(
+            FEEDS[name].title, f"{seconds * 1e3:.1f}", f"{work.rows / seconds:,.0f}",
+            f"{work.epoch_bytes / seconds / 1e9:.2f}", faster,
+            style="bold" if name == CANDIDATE else None,
+        )  # fmt: skip
+    return told
+
+
+def transfer_table(rows: list[dict[str, Any]]) -> Table:
+    """The way to the GPU, by size of a batch."""
+    told = Table("MiB a batch", title="the way to the GPU, medians")
+    for head in ("memcpy GB/s", "DevicePrefetcher GB/s", "of memcpy", "TensorLoader GB/s",
+                 "of memcpy", "hidden behind a kernel", "host us a batch"):  # fmt: skip
+        told.add_column(head, justify="right")
+    for row in rows:
+        rate = row["bytes_per_second"]
+        told.add_row(
+            str(row["batch_mib"]), f"{rate['memcpy'] / 1e9:.1f}", f"{rate['prefetcher'] / 1e9:.1f}",
+            f"{row['prefetcher_over_memcpy']['median']:.0%}", f"{rate['loader'] / 1e9:.1f}",
+            f"{row['loader_over_memcpy']:.0%}", f"{row['hidden']['median']:.0%}",
+            f"{row['host_us']:.0f}",
+        )  # fmt: skip
+    return told
+
+
+def notes(rows: list[Row]) -> list[str]:
+    """What did not run, and why; what the columns mean."""
+    missing = {FEEDS[n].title: why for row in rows for n, why in row.unavailable.items()}
+    return [
+        *(f"{title} did not run: {why}" for title, why in missing.items()),
+        "Medians; samples/s and GB/s count what arrives, rows and labels; the last column is of "
+        "epochs of the same round. memcpy floor: the same bytes, not gathered, into one buffer.",
+    ]
