@@ -1,6 +1,6 @@
 """The load job: how fast do batches come, and what of it does a GPU's loop notice?
 
-Feeds race round-robin in this process over one set of rows in memory, an epoch each a round. On a GPU
+Feeds race round-robin in this process over rows in memory, an epoch each a round. On a GPU
 there is more to see: how close the way to the device comes to a memcpy from page-locked memory, how
 much of the copying hides behind a kernel, and what a batch costs the host.
 """

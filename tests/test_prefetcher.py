@@ -493,7 +493,7 @@ def test_bad_arguments(arguments, error, told):
 
 
 @needs_cuda
-def test_kernels_of_the_consumers_stream_see_whole_batches():
+def test_on_a_gpu_kernels_of_the_consumers_stream_see_whole_batches():
     """Late kernels on another stream, batches dropped at once, a copy stream that runs ahead."""
     count, size = 200, 1 << 20
     loader = (torch.full((size,), float(n)) for n in range(count))
@@ -508,7 +508,7 @@ def test_kernels_of_the_consumers_stream_see_whole_batches():
 
 
 @needs_cuda
-def test_steady_state_allocates_no_pinned_memory_and_no_device_memory():
+def test_on_a_gpu_steady_state_allocates_no_pinned_and_no_device_memory():
     data = torch.randn(4096, 256)
     prefetcher = DevicePrefetcher(DataLoader(TensorDataset(data), batch_size=64), "cuda")
     for _ in range(2):
@@ -526,7 +526,7 @@ def test_steady_state_allocates_no_pinned_memory_and_no_device_memory():
 
 
 @needs_cuda
-def test_a_batch_on_the_device_and_objects_that_move_themselves_are_sent():
+def test_on_a_gpu_what_is_there_already_and_what_moves_itself_are_sent():
     packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
     loader = [{"there": torch.full((3,), 5.0, device="cuda"), "packed": packed}]
     (found,) = DevicePrefetcher(loader, "cuda")
