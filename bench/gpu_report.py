@@ -2,21 +2,23 @@
 
 ::
 
-    python -m fusedopt.bench.gpu_report bench/results/nvidia-h100-2026-11-26.json
+    python -m fusedopt.bench.gpu_report RESULT README.md docs/gpu-status.md
 
-prints them in Markdown, to be put in place of the old ones. No figure of a GPU comes another way.
+puts them into the pages, each between the comments that name it; without pages, it prints them.
+No figure of a GPU comes another way.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .gpu_check import promises
+from .gpu_check import figure, promises
 
 # Libraries of the step's tables, and how they are headed.
 LIBRARIES = {
@@ -29,11 +31,10 @@ LIBRARIES = {
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """So many significant digits, never an exponent; a dash for nothing."""
+    """So many significant digits, all before the point; a dash for nothing."""
     if value is None:
         return "-"
-    rounded = float(f"{value:.{digits}g}")
-    return f"{rounded:.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:.{digits}g}"
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
 
 
 def markdown(words: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -92,14 +93,54 @@ def goals_table(result: dict[str, Any]) -> str:
     return markdown(["what"], ["goal", "measured", ""], rows)
 
 
+def chosen_table(result: dict[str, Any]) -> str:
+    """For the front page: AdamW in float32, from the largest to the smallest tensors."""
+    names = ("billion", "gpt2", "many", "thousand", "swarm", "groups")
+    rows = []
+    for name in names:
+        row = figure(result, name)
+        if row is None:
+            continue
+        wall = {name: row["step_ms"].get(name, {}).get("median") for name in LIBRARIES}
+        wall.pop("fusedopt-triton")
+        over = row["ratios"]["fusedopt_over_floor"]["median"]
+        best = row["ratios"]["best_torch_over_fusedopt"]["median"]
+        rows.append([name, *map(number, wall.values()), f"{over:.2f}", f"{best:.1f}"])
+    heads = ["torch default", "torch fused", "fusedopt", "floor", "fusedopt / floor",
+             "best torch / fusedopt"]  # fmt: skip
+    return markdown(["workload"], heads, rows)
+
+
+TABLES = {
+    "machine": machine,
+    "goals": goals_table,
+    "step": step_table,
+    "device": device_table,
+    "chosen": chosen_table,
+}
+
+
+def put(page: str, result: dict[str, Any]) -> str:
+    """The page with its tables out of this run."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- gpu: {name} -->\n", "\n<!-- /gpu -->"
+        pattern = re.compile(f"({begin}).*?({end})", re.DOTALL)
+        made = table(result)
+        page = pattern.sub(lambda found, made=made: f"{found[1]}{made}{found[2]}", page)
+    return page
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the tables of a run."""
+    """Puts the tables of a run into pages, or prints them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", type=Path, help="what gpu_check.py wrote")
-    result = json.loads(parser.parse_args(arguments).file.read_text())
-    print(machine(result))
-    for table in (goals_table, step_table, device_table):
-        print(f"\n{table(result)}")
+    parser.add_argument("pages", type=Path, nargs="*", help="where the tables stand")
+    options = parser.parse_args(arguments)
+    result = json.loads(options.file.read_text())
+    for path in options.pages:
+        path.write_text(put(path.read_text(), result))
+    if not options.pages:
+        print("\n\n".join(table(result) for table in TABLES.values()))
     return 0
 
 
