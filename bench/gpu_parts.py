@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from timeit import default_timer as _now  # torch.utils.benchmark's waits for the device
 from typing import Any
 
 import torch
@@ -96,11 +98,9 @@ def host_microseconds(step: Step, repeats: int = 20, before: Step = nothing) -> 
 
 
 def _clock(step: Step) -> float:
-    from timeit import default_timer  # torch.utils.benchmark's waits for the device
-
-    start = default_timer()
+    start = _now()
     step()
-    return default_timer() - start
+    return _now() - start
 
 
 def figures(device: str, rehearse: bool) -> Iterator[Result]:
@@ -239,42 +239,46 @@ def bits(device: str, rehearse: bool) -> Iterator[Result]:
 
 # ---- what compute-sanitizer watches --------------------------------------------------------------
 
-
 IN_THE_STEP = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9, "zero_grads": True,
                "accumulation_steps": 2}  # fmt: skip
 
 
-def drive(device: str, rehearse: bool) -> Iterator[Result]:
-    """A short run of every kernel's paths: heads, tails, strides, skips, scalars on the device."""
-    for name in optimizers.names():
-        for dtype in (torch.float32, torch.bfloat16):
-            for kwargs in variants(name):
-                base = torch.randn(3000, device=device, dtype=dtype)
-                views = [
-                    base[1:38],
-                    base[64:1100],
-                    base[1100:1700].view(20, 30).t(),
-                    base[1700:1700],
-                ]
-                params = [torch.nn.Parameter(view) for view in views]
-                made = getattr(fusedopt, name)(params, **kwargs)
-                for scaled in (False, True):
-                    if scaled and name in ("Adagrad", "RMSprop"):
-                        continue  # torch has no fused step of them
-                    if scaled:
-                        made = getattr(fusedopt, name)(params, fused=True, **kwargs)
-                        made.grad_scale = torch.full((), 2.0, device=device)
-                        made.found_inf = torch.zeros((), device=device)
-                    for param in params:
-                        param.grad = torch.randn_like(param)
-                    made.step()
-                    made.step()
-                made = getattr(fusedopt, name)(params, **IN_THE_STEP, **kwargs)
-                for _ in range(4):  # two windows
-                    for param in params:
-                        param.grad = torch.randn_like(param)
-                    made.step()
-        yield {"optimizer": name}
+def drive_some(name: str, device: str, dtype: torch.dtype, **kwargs: Any) -> None:
+    """Heads, tails, strides, skips, scalars on the device."""
+    base = torch.randn(3000, device=device, dtype=dtype)
+    views = [base[1:38], base[64:1100], base[1100:1700].view(20, 30).t(), base[1700:1700]]
+    params = [torch.nn.Parameter(view) for view in views]
+
+    def steps(made: Any, count: int) -> None:
+        for _ in range(count):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            made.step()
+
+    steps(getattr(fusedopt, name)(params, **kwargs), 2)
+    if name not in ("Adagrad", "RMSprop"):  # torch has no fused step of them
+        made = getattr(fusedopt, name)(params, fused=True, **kwargs)
+        made.grad_scale = torch.full((), 2.0, device=device)
+        made.found_inf = torch.zeros((), device=device)
+        steps(made, 2)
+    steps(getattr(fusedopt, name)(params, **IN_THE_STEP, **kwargs), 4)  # two windows
+
+
+def drive(device: str, rehearse: bool, seconds: float = math.inf) -> Iterator[Result]:
+    """A short run of the paths of both backends' kernels, until `seconds` are over.
+
+    How far it gets under compute-sanitizer nobody knows, and one that is cut off tells nothing.
+    """
+    end = _now() + seconds
+    backends = ("cpu",) if rehearse else ("cuda", "triton")
+    for backend in backends:
+        for name in optimizers.names():
+            for dtype in (torch.float32, torch.bfloat16):
+                if _now() > end:
+                    return
+                for kwargs in variants(name):
+                    drive_some(name, device, dtype, backend=backend, **kwargs)
+                yield {"optimizer": name, "backend": backend, "dtype": str(dtype)}
 
 
 PARTS = {
@@ -292,12 +296,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("file", type=Path)
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, briefly")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for drive: when to stop")
     options = parser.parse_args(arguments)
     device = "cpu" if options.rehearse else "cuda"
     if not options.rehearse and _C.cuda_launcher() is None:
         parser.error("this build has no CUDA kernels; --rehearse runs on the CPU")
     rows = []
-    for row in PARTS[options.part](device, options.rehearse):
+    more = {"seconds": options.seconds} if options.part == "drive" else {}
+    for row in PARTS[options.part](device, options.rehearse, **more):
         rows.append(row)
         options.file.write_text(json.dumps(rows))
     return 0

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedopt.bench.gpu_check import FILE, Check, NotRunError, main, promises, show
+from fusedopt.bench import gpu_parts, gpu_report
+from fusedopt.bench.gpu_check import FILE, Check, NotRunError, main, promises, sanitized, show
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,6 +68,52 @@ def test_promises_come_from_the_figures_alone(tmp_path, capsys):
     assert "not measured" in output
     check.result["rehearsal"] = True  # times of a CPU keep no promise of a GPU
     assert not any(measured for _, measured, *_ in promises(check.result))
+
+
+def test_what_compute_sanitizer_says_is_read():
+    frame = "=========     at void fusedopt::cuda::update<fusedopt::AdamW>(DeviceTable)+0x70"
+    triton = "=========     at fusedopt_update+0x1f0 in multi_tensor.py:401"
+    others = "=========     at void at::native::vectorized_elementwise_kernel<4>(int)+0x10"
+    path = "=========     in /work/fusedopt/_C.cpython-312-x86_64-linux-gnu.so"
+    end = "========= ERROR SUMMARY: 3 errors"
+    assert sanitized("\n".join([frame, triton, others, path, end])) == {
+        "errors": 3, "in_our_kernels": 2,
+    }  # fmt: skip
+    races = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+    assert sanitized(races) == {"errors": 0, "in_our_kernels": 0}
+    assert sanitized("Error: could not attach") is None
+    assert sanitized(f"Device not supported\n{end}") is None
+
+
+def test_what_it_watches_ends_by_itself(tmp_path):
+    file = tmp_path / "rows.json"
+    assert gpu_parts.main(["drive", str(file), "--rehearse", "--seconds=0"]) == 0
+    assert not file.exists()
+    assert gpu_parts.main(["drive", str(file), "--rehearse"]) == 0
+    rows = json.loads(file.read_text())
+    assert {row["optimizer"] for row in rows} == set(gpu_parts.optimizers.names())
+    assert {row["dtype"] for row in rows} == {"torch.float32", "torch.bfloat16"}
+
+
+def test_the_pipelines_tables_have_a_gpus_columns(tmp_path, capsys):
+    check = Check(tmp_path, rehearse=True, minutes=1)
+    (row,) = gpu_parts.chains("cpu", rehearse=True)
+    seen = {"kernels": 3.0, "copies": 1.0, "device_us": 12.5, "host_us": 41.5}
+    row["device"] = {"torch": seen, "fusedopt": seen, "floor": seen}
+    check.part("pipeline", lambda limit: {"rows": [row]})
+    check.result["rehearsal"] = False
+    show(check.result)
+    output = capsys.readouterr().out
+    assert "one of them on the device" in output
+    assert output.count("41.5") == 3
+
+
+def test_the_pages_figures_are_a_runs():
+    result = json.loads(max((ROOT / "bench/results").glob("nvidia-h100-*.json")).read_text())
+    for page in ("README.md", "docs/gpu-status.md"):
+        text = (ROOT / page).read_text()
+        assert gpu_report.put(text, result) == text
+        assert gpu_report.machine(result) in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -129,7 +129,8 @@ def test_nothing_asked_is_the_plain_step_bit_for_bit(anywhere, case):
     for other in ends[1:]:
         for (p, states), (q, others) in zip(ends[0], other, strict=True):
             assert torch.equal(p, q)
-            assert all(torch.equal(states[name], others[name]) for name in states)
+            # Where a step may be skipped, a device counts them: values are compared on the host.
+            assert all(torch.equal(states[name].cpu(), others[name].cpu()) for name in states)
 
 
 @EACH_CASE

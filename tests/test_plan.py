@@ -6,6 +6,7 @@ to both, and they must still agree. A plan that missed it would write through st
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -374,6 +375,50 @@ def test_changed_hyperparameters_and_flags_are_seen(name, kwargs, change):
     pair.step(2)
     pair.both(lambda params, optimizer: optimizer.param_groups[0].update(change))
     pair.step(3)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_numbers_are_seen_wherever_they_stand(in_place):
+    """A float is another object when it changes; a list and a tensor need not be."""
+    pair = Pair("AdamW")
+
+    def give(params, optimizer):
+        group = optimizer.param_groups[0]
+        if in_place and "note" in group:
+            group["betas"][0] = 0.5
+            group["lr"].fill_(0.2)
+        elif in_place:
+            group |= {"betas": [0.9, 0.99], "lr": torch.tensor(0.05), "note": 1}
+        else:  # in another order
+            lr = group.pop("lr")
+            group["lr"] = lr * 1.5
+
+    for _ in range(2):
+        pair.both(give)
+        pair.step(2)
+
+
+def test_a_value_that_is_no_number_raises_at_every_step_until_it_is_one():
+    pair = Pair("SGD")
+    pair.step(2)
+    for bad in ("fast", 10**400):
+        pair.ours.param_groups[0]["lr"] = bad
+        for _ in range(2):
+            with pytest.raises((TypeError, OverflowError)):
+                pair.ours.step()
+    pair.ours.param_groups[0]["lr"] = 0.05
+    pair.step(2)
+
+
+def test_what_is_not_read_of_a_group_is_not_kept_alive():
+    pair = Pair("SGD")
+    thing = make_params([(3,)])[0]
+    pair.ours.param_groups[0]["note"] = thing
+    pair.step(2)
+    seen = weakref.ref(thing)
+    del pair.ours.param_groups[0]["note"], thing
+    assert seen() is None
+    pair.step(1)
 
 
 def test_a_flag_whose_state_is_missing_raises_as_in_torch_and_changes_nothing():

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <link.h>
 
+#include <cstring>
 #include <string>
 
 namespace fusedopt::cuda {
@@ -18,6 +19,10 @@ struct Runtime {
   int (*StreamSynchronize)(Stream);
   int (*StreamDestroy)(Stream);
   int (*MemcpyAsync)(void*, const void*, size_t, int, Stream);
+  int (*EventCreateWithFlags)(void**, unsigned);
+  int (*EventRecord)(void*, Stream);
+  int (*EventQuery)(void*);
+  int (*GetLastError)();
   int (*StreamIsCapturing)(Stream, int*);
   int (*ThreadExchangeStreamCaptureMode)(int*);
   // The first is HIP's and CUDA 12's, the second CUDA 13's, which has no other.
@@ -59,6 +64,10 @@ Runtime load() {
   FUSEDOPT_FIND(StreamSynchronize);
   FUSEDOPT_FIND(StreamDestroy);
   FUSEDOPT_FIND(MemcpyAsync);
+  FUSEDOPT_FIND(EventCreateWithFlags);
+  FUSEDOPT_FIND(EventRecord);
+  FUSEDOPT_FIND(EventQuery);
+  FUSEDOPT_FIND(GetLastError);
   FUSEDOPT_FIND(StreamIsCapturing);
   FUSEDOPT_FIND(ThreadExchangeStreamCaptureMode);
   FUSEDOPT_FIND(UserObjectCreate);
@@ -137,6 +146,36 @@ Status GpuLauncher::place(void** at, const void* from, size_t bytes) {
   }
   if (error != 0) runtime().Free(*at);
   return status_of(error);
+}
+
+bool UploadRing::send(std::byte* to, const std::byte* from, const std::vector<Range>& ranges,
+                      Stream stream, Status& status) {
+  status = nullptr;
+  size_t bytes = 0;
+  for (const Range& range : ranges) bytes += range.end - range.begin;
+  if (bytes > place_bytes_ || runtime().path.empty()) return false;
+  if (bytes == 0) return true;
+  const UncapturedCalls uncaptured;  // another stream or thread may be at it
+  void*& event = events_[next_];
+  int error = 0;
+  if (event == nullptr) {
+    error = runtime().EventCreateWithFlags(&event, kEventDisableTiming);
+  } else if (runtime().EventQuery(event) != 0) {
+    runtime().GetLastError();  // "not ready" stays behind as an error that others would find
+    return false;
+  }
+  std::byte* place = pinned_ + next_ * place_bytes_;
+  for (const Range& range : ranges) {
+    if (error != 0) break;
+    const size_t size = range.end - range.begin;
+    std::memcpy(place, from + range.begin, size);
+    error = runtime().MemcpyAsync(to + range.begin, place, size, kMemcpyHostToDevice, stream);
+    place += size;
+  }
+  if (error == 0) error = runtime().EventRecord(event, stream);
+  next_ = (next_ + 1) % events_.size();
+  status = status_of(error);
+  return true;
 }
 
 void GpuLauncher::drop(void* at) {

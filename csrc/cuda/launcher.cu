@@ -1,6 +1,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "cuda/body.h"
 #include "cuda/gpu.h"
@@ -30,7 +33,8 @@ static_assert(kStreamNonBlocking == cudaStreamNonBlocking &&
               kMemcpyHostToDevice == cudaMemcpyHostToDevice &&
               kCaptureModeRelaxed == cudaStreamCaptureModeRelaxed &&
               kUserObjectNoDestructorSync == cudaUserObjectNoDestructorSync &&
-              kGraphUserObjectMove == cudaGraphUserObjectMove);
+              kGraphUserObjectMove == cudaGraphUserObjectMove &&
+              kEventDisableTiming == cudaEventDisableTiming);
 
 class CudaLauncher final : public GpuLauncher {
  public:
@@ -96,14 +100,32 @@ class CudaLauncher final : public GpuLauncher {
   template <class... Arguments>
   Status launch_over_chunks(const void* kernel, Stream stream, const DeviceTable& table,
                             const Arguments&... arguments) {
-    int blocks_each = 0;
-    const cudaError_t error =
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, kThreads, 0);
+    int64_t most = 0;
+    const cudaError_t error = blocks_at_once(kernel, most);
     if (error != cudaSuccess) return status_of(error);
-    const int64_t most = int64_t{blocks_each} * multiprocessors();
     const int64_t blocks = std::clamp(table.chunk_count, int64_t{1}, most);
     return launch(kernel, blocks, stream, table, arguments...);
   }
+
+  // Of a kernel on the current device; asked once.
+  cudaError_t blocks_at_once(const void* kernel, int64_t& most) {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    int64_t& known = known_[{device, kernel}];
+    if (known == 0) {
+      int blocks_each = 0;
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, kernel, kThreads, 0);
+      if (error != cudaSuccess) return error;
+      known = int64_t{blocks_each} * multiprocessors();
+    }
+    most = known;
+    return cudaSuccess;
+  }
+
+  std::mutex mutex_;
+  std::map<std::pair<int, const void*>, int64_t> known_;
 };
 
 }  // namespace

@@ -35,11 +35,33 @@ const float* amp_number(const at::Tensor& tensor, c10::Device device,
   return static_cast<const float*>(kept.back().const_data_ptr());
 }
 
-// Copies parts of an image to where it lies on the device, in the order of the current stream. The
-// staging memory comes from torch's pinned allocator, which hands it out again once it was copied.
+// The ring that small uploads to a device pass through; null where there is none.
+cuda::UploadRing* ring_of(c10::Device device) {
+  constexpr size_t kPlaceBytes = 64 << 10;
+  constexpr size_t kPlaces = 32;  // steps that may be launched before the first of them has begun
+  if (!device.is_cuda()) return nullptr;
+  // Never destroyed: copies may be under way until the process ends.
+  static auto* pinned = new std::vector<at::Tensor>();
+  static auto* rings = new std::vector<std::unique_ptr<cuda::UploadRing>>();
+  const auto index = static_cast<size_t>(device.index());
+  if (index >= rings->size()) rings->resize(index + 1);
+  if ((*rings)[index] == nullptr) {
+    pinned->push_back(
+        at::empty({kPlaceBytes * kPlaces}, at::TensorOptions(at::kByte).pinned_memory(true)));
+    auto* memory = static_cast<std::byte*>(pinned->back().data_ptr());
+    (*rings)[index] = std::make_unique<cuda::UploadRing>(memory, kPlaceBytes, kPlaces);
+  }
+  return (*rings)[index].get();
+}
+
+// Copies parts of an image to where it lies on the device, in the order of the current stream: small
+// ones through the ring, if there is one. Otherwise the staging memory comes from torch's pinned
+// allocator, which hands it out again once it was copied.
 void upload_ranges(const cuda::Image& image, const std::vector<cuda::Range>& ranges,
-                   const at::Tensor& memory) {
+                   const at::Tensor& memory, cuda::UploadRing* ring, cuda::Stream stream) {
   auto* to = static_cast<std::byte*>(memory.data_ptr());
+  cuda::Status status = nullptr;
+  if (ring != nullptr && ring->send(to, image.data(), ranges, stream, status)) return check(status);
   for (const cuda::Range& range : ranges) {
     const size_t bytes = range.end - range.begin;
     if (memory.is_cpu()) {
@@ -158,7 +180,8 @@ int CapturedTables::refresh(const std::string& rule_name, const py::list& param_
     const auto size = static_cast<int64_t>(table.image.size());
     upload_ranges(
         table.image, changed,
-        at::from_blob(table.memory, {size}, at::TensorOptions(at::kByte).device(table.device)));
+        at::from_blob(table.memory, {size}, at::TensorOptions(at::kByte).device(table.device)),
+        ring_of(table.device), current_stream(table.device));
     table.refreshed = std::move(fresh[t].kept);  // what it held before is read no more
   }
   return static_cast<int>(alive.size());
@@ -184,24 +207,28 @@ void TableOnDevice::ready(const Table& table) {
   auto image = std::make_unique<cuda::Image>(table, scalars_, groups_, launcher_.multiprocessors());
   memory_ = at::empty({static_cast<int64_t>(image->size())},
                       at::TensorOptions(at::kByte).device(device_));
+  home_ = current_stream(device_);
+  ring_ = ring_of(device_);
   image_ = std::move(image);
 }
 
 Board TableOnDevice::upload(const Table& table, const DeviceNumbers& numbers) {
   Leftovers::free();
   const c10::DeviceGuard guard(device_);
+  const cuda::Stream stream = current_stream(device_);
   changed_.clear();
   image_->update(table, numbers.prepare, numbers.hypers, changed_);
-  upload_ranges(*image_, changed_, memory_);
-  if (!device_.is_cpu()) {
+  upload_ranges(*image_, changed_, memory_, ring_, stream);
+  if (stream != home_) {
     memory_.record_stream(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
   }
-  return {image_.get(), static_cast<std::byte*>(memory_.data_ptr())};
+  return {image_.get(), static_cast<std::byte*>(memory_.data_ptr()), stream};
 }
 
 Board TableOnDevice::capture(const Table& table, const DeviceNumbers& numbers,
                              const std::vector<int>& variants, CapturedTables& captured) {
   const c10::DeviceGuard guard(device_);
+  const cuda::Stream stream = current_stream(device_);
   cuda::Image image(table, cuda::Scalars::kDevice, groups_, launcher_.multiprocessors());
   std::vector<cuda::Range> changed;
   image.update(table, numbers.prepare, numbers.hypers, changed);
@@ -209,40 +236,38 @@ Board TableOnDevice::capture(const Table& table, const DeviceNumbers& numbers,
   made->variants = variants;
   made->kept = numbers.kept;
   auto held = std::make_unique<std::shared_ptr<CapturedTable>>(made);
-  check(launcher_.keep(current_stream(device_), held.get(), Leftovers::release));
+  check(launcher_.keep(stream, held.get(), Leftovers::release));
   static_cast<void>(held.release());  // the graph's now
   captured.add(made);
-  return {&made->image, made->memory};
+  return {&made->image, made->memory, stream};
 }
 
 void TableOnDevice::norm(const Board& board, const Table& table, const NormNumbers& norm) {
   const c10::DeviceGuard guard(device_);
-  check(launcher_.norm(table.storage, board.table(), norm.measure, norm.question,
-                       current_stream(device_)));
+  check(launcher_.norm(table.storage, board.table(), norm.measure, norm.question, board.stream));
 }
 
 void TableOnDevice::accumulate(const Board& board, const Table& table, const Pass& pass) {
   if (board.image->chunks() == 0) return;
   const c10::DeviceGuard guard(device_);
-  check(launcher_.accumulate(table.storage, board.table(), pass, current_stream(device_)));
+  check(launcher_.accumulate(table.storage, board.table(), pass, board.stream));
 }
 
 void TableOnDevice::step(const Board& board, const Table& table, const DeviceNumbers& numbers) {
   const c10::DeviceGuard guard(device_);
-  const cuda::Stream stream = current_stream(device_);
   if (board.image->scalars() == cuda::Scalars::kDevice) {
     check(launcher_.prepare(rule_->index, table.storage.param == DType::kF64,
                             board.image->prepare_at(board.memory), numbers.scaler,
-                            numbers.pass.verdict, stream));
+                            numbers.pass.verdict, board.stream));
   }
   if (board.image->chunks() == 0) return;  // parameters without elements, whose steps are counted
   check(launcher_.update(table.storage, rule_->index, variant_, board.table(), numbers.scaler,
-                         numbers.pass, stream));
+                         numbers.pass, board.stream));
 }
 
 void TableOnDevice::floor(const Board& board, const Table& table, const Pass& pass) {
   const c10::DeviceGuard guard(device_);
-  check(launcher_.floor(table.states, board.table(), pass, current_stream(device_)));
+  check(launcher_.floor(table.states, board.table(), pass, board.stream));
 }
 
 void finish_norm(cuda::Launcher& launcher, c10::Device device, StorageTuple storage,

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/registry.h"
+#include "cuda/gpu.h"
 #include "cuda/image.h"
 #include "cuda/launcher.h"
 #include "plan/hyper.h"
@@ -86,10 +87,11 @@ class CapturedTables {
   std::vector<std::weak_ptr<CapturedTable>> tables_;
 };
 
-// A table's image, and where it lies on the device.
+// A table's image, where it lies on the device, and the stream that a step launches on.
 struct Board {
   const cuda::Image* image = nullptr;
   std::byte* memory = nullptr;
+  cuda::Stream stream = nullptr;
 
   cuda::DeviceTable table() const { return image->table_at(memory); }
 };
@@ -134,6 +136,8 @@ class TableOnDevice {
   size_t groups_;
   std::unique_ptr<cuda::Image> image_;
   at::Tensor memory_;
+  cuda::Stream home_ = nullptr;       // that torch's allocator takes `memory_` to be used on
+  cuda::UploadRing* ring_ = nullptr;  // null: its uploads go through torch's pinned allocator alone
   std::vector<cuda::Range> changed_;
 };
 

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <string>
 
 namespace fusedopt {
@@ -33,6 +34,18 @@ double number(PyObject* value, const py::str& key, LiveTensors live, at::Tensor&
   throw py::type_error("param group value '" + std::string(key) + "' is " +
                        std::string(py::repr(py::handle(value))) +
                        "; it must be a number or a tensor of one element");
+}
+
+// Whether an object has the same value for good.
+bool is_constant(PyObject* value) {
+  if (PyTuple_CheckExact(value)) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+      if (!PyFloat_CheckExact(PyTuple_GET_ITEM(value, i))) return false;
+    }
+    return true;
+  }
+  return PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value) ||
+         value == Py_None;
 }
 
 bool truth(PyObject* value) {
@@ -76,6 +89,52 @@ GroupValues GroupReader::read(const py::dict& group, LiveTensors live) const {
     if (flag != nullptr && truth(flag)) values.route_flags |= 1u << f;
   }
   return values;
+}
+
+bool GroupReader::reads(PyObject* key) const {
+  const auto is = [key](const py::str& name) {
+    const int same = PyObject_RichCompareBool(name.ptr(), key, Py_EQ);
+    if (same < 0) throw py::error_already_set();
+    return same != 0;
+  };
+  return std::any_of(keys_.begin(), keys_.end(), [&](const Key& k) { return is(k.name); }) ||
+         std::any_of(route_keys_.begin(), route_keys_.end(), is) || is(maximize_key_);
+}
+
+bool SeenGroup::changed(const py::dict& group, const GroupReader& reader) {
+  bool same = kept_;
+  std::vector<py::object> replaced;  // whose ends may run code, which must not come in between
+  Py_ssize_t position = 0;
+  PyObject* key = nullptr;
+  PyObject* value = nullptr;
+  size_t k = 0;
+  while (PyDict_Next(group.ptr(), &position, &key, &value) != 0) {
+    if (k == entries_.size()) entries_.emplace_back();
+    Entry& entry = entries_[k++];
+    if (entry.key.ptr() != key) {
+      same = false;
+      replaced.push_back(std::move(entry.key));
+      entry.key = py::reinterpret_borrow<py::object>(key);
+      entry.is_read = reader.reads(key);
+    }
+    PyObject* wanted = entry.is_read ? value : nullptr;
+    if (entry.value.ptr() == wanted) continue;
+    same = false;
+    replaced.push_back(std::move(entry.value));
+    entry.value = py::reinterpret_borrow<py::object>(wanted);
+  }
+  if (k != entries_.size()) {
+    same = false;
+    entries_.resize(k);
+  }
+  kept_ = same;
+  return !same;
+}
+
+void SeenGroup::keep() {
+  kept_ = std::all_of(entries_.begin(), entries_.end(), [](const Entry& entry) {
+    return !entry.is_read || is_constant(entry.value.ptr());
+  });
 }
 
 }  // namespace fusedopt

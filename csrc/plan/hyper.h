@@ -34,6 +34,9 @@ class GroupReader {
 
   PyObject* params_key() const { return params_key_.ptr(); }
 
+  // Whether `read` looks at this key of a group.
+  bool reads(PyObject* key) const;
+
  private:
   struct Key {
     py::str name;
@@ -43,6 +46,26 @@ class GroupReader {
   std::vector<py::str> route_keys_;
   py::str maximize_key_;
   py::str params_key_;
+};
+
+// A group's entries as they were last read. A step mostly finds the same objects again, and those
+// that never change, as floats and tuples of them, need not be read again.
+class SeenGroup {
+ public:
+  // Whether `read` may find something else than it did before the last `keep`.
+  bool changed(const py::dict& group, const GroupReader& reader);
+
+  // What `changed` saw has been read, without an error.
+  void keep();
+
+ private:
+  struct Entry {
+    py::object key;
+    py::object value;  // null where it is not read: nothing else is kept alive
+    bool is_read = false;
+  };
+  std::vector<Entry> entries_;
+  bool kept_ = false;
 };
 
 }  // namespace fusedopt

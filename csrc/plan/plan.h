@@ -68,6 +68,7 @@ class StepPlan {
   struct Group {
     std::vector<PyObject*> members;  // of group["params"], in order, fused or not
     GroupValues values;
+    SeenGroup seen;
     LiveTensors live = LiveTensors::kNone;
     bool on_host = false;  // the CPU driver has rows of it
     int variant = 0;

@@ -100,6 +100,7 @@ const char* StepPlan::refresh_groups(const py::list& param_groups) {
     for (size_t m = 0; m < group.members.size(); ++m) {
       if (PyList_GET_ITEM(params, m) != group.members[m]) return kGroupsChanged;
     }
+    if (!group.seen.changed(dict, reader_)) continue;
     GroupValues values = read_group(group, dict);
     bool same = values.route_flags == group.values.route_flags &&
                 rule_.variant(values.hyper) == group.variant;
@@ -108,6 +109,7 @@ const char* StepPlan::refresh_groups(const py::list& param_groups) {
     }
     if (!same) return "a flag of a parameter group changed";
     group.values = std::move(values);
+    group.seen.keep();
   }
   for (PyObject* param : idle_) {
     if (THPVariable_Unpack(param).unsafeGetTensorImpl()->grad().defined()) {
