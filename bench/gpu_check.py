@@ -47,13 +47,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = "gpu_check.json"
 Part = dict[str, Any]
 # Tests that have a GPU's half.
-SUITES = ("device", "cuda", "onepass", "accumulation", "in_backward")
+SUITES = ("device", "cuda", "onepass", "accumulation", "in_backward", "pin_batch", "prefetcher",
+          "tensor_loader")  # fmt: skip
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 MOST_PROCESSES = 12  # of tests: each has a CUDA context of half a gigabyte on the device
 GRACE = 10  # seconds for an interrupted command to tell what it found
 # Seconds a part may take; all of them together are held to --minutes.
 LIMITS = {"build": 300, "tests": 220, "figures": 200, "pipeline": 90, "graphs": 60, "bits": 100,
-          "sanitizer": 90, "large": 60}  # fmt: skip
+          "load": 60, "sanitizer": 90, "large": 60}  # fmt: skip
 
 
 class NotRunError(Exception):
@@ -201,6 +202,12 @@ class Check:
             raise NotRunError("needs a GPU")
         return self.module("graphs", limit)
 
+    def load(self, limit: float) -> Part:
+        """The way of batches to the device."""
+        if self.rehearse:
+            raise NotRunError("needs a GPU")
+        return self.module("load", limit)
+
     def bits(self, limit: float) -> Part:
         """Fails if a single element differs."""
         found = self.module("bits", limit)
@@ -320,6 +327,8 @@ def promises(result: dict[str, Any]) -> list[tuple[str, float | None, str, float
     def device_time(row: Part, name: str = "fusedopt") -> float:
         return row["device"][name]["device_us"]
 
+    loads = result["parts"].get("load", {}).get("rows", [])
+    sizes = [row for row in loads if row.get("batch_mib", 0) >= 4]
     replays = result["parts"].get("graphs", {}).get("rows", [])
     replayed = next((row for row in replays if row["workload"] == "swarm"), None)
     billion, swarm = figure(result, "billion"), figure(result, "swarm")
@@ -350,6 +359,9 @@ def promises(result: dict[str, Any]) -> list[tuple[str, float | None, str, float
          of(swarm, lambda row: row["device"]["fusedopt"]["kernels"]), most, 1),
         ("AdamW, 465 groups of one: launches",
          of(groups, lambda row: row["device"]["fusedopt"]["kernels"]), most, 1),
+        ("batches of 4 MiB and more: share of a pinned memcpy's rate",
+         min((row["prefetcher_over_memcpy"]["median"] for row in sizes), default=None),
+         least, 0.95),
     ]  # fmt: skip
 
 
@@ -383,6 +395,10 @@ def show(result: dict[str, Any]) -> None:
                               *(f"{seen[key]:.1f}" for key in told))  # fmt: skip
         console.print(table)
     show_pipeline(console, result)
+    if loads := result["parts"].get("load", {}).get("rows", []):
+        from fusedopt.bench.load import transfer_table  # measured, so it is built by now
+
+        console.print(transfer_table(loads))
     table = columns("promises", ("promise", "wanted"), ("measured", ""))
     for what, measured, bound, wanted in promises(result):
         if measured is None:
@@ -465,7 +481,7 @@ def main(arguments: list[str] | None = None) -> int:
         if built["status"] != "passed" and not options.rehearse:
             wanted = []
     # What runs on the host, other machines run.
-    on_a_gpu = "(cuda or triton) and not rehearsal and not interpreted"
+    on_a_gpu = "(cuda or triton or on_a_gpu) and not rehearsal and not interpreted"
     suites = [f"tests/test_{name}.py" for name in SUITES]
     chosen = ["-k", "one_launch or replays" if options.rehearse else on_a_gpu, "-m", "not slow"]
     parts: dict[str, Callable[[float], Part]] = {
@@ -474,6 +490,7 @@ def main(arguments: list[str] | None = None) -> int:
         "figures": lambda limit: check.module("figures", limit),
         "pipeline": lambda limit: check.module("pipeline", limit),
         "graphs": check.graphs,
+        "load": check.load,
         **{
             f"sanitizer: {tool}": lambda limit, tool=tool: check.sanitizer(tool, limit)
             for tool in SANITIZERS

@@ -21,7 +21,7 @@ import torch
 import fusedopt
 from fusedopt._extension import _C
 
-from . import optimizers, pipeline, step
+from . import load, optimizers, pipeline, step
 from .providers import PROVIDERS, Contestant, OptimizerProvider
 from .timing import Step, time_once
 from .workloads import WORKLOADS
@@ -178,6 +178,12 @@ def graphs(device: str, rehearse: bool) -> Iterator[Result]:
         yield {"workload": workload, "optimizer": "AdamW", "replay_ms": times}
 
 
+def transfers(device: str, rehearse: bool) -> Iterator[Result]:
+    """Rates of batches on their way to the device, beside a memcpy's."""
+    for size in load.TRANSFERS:
+        yield load.transfer(size)
+
+
 # ---- the same bits -------------------------------------------------------------------------------
 
 
@@ -285,6 +291,7 @@ PARTS = {
     "figures": figures,
     "pipeline": chains,
     "graphs": graphs,
+    "load": transfers,
     "bits": bits,
     "drive": drive,
 }

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusedopt.data import DevicePrefetcher, TensorLoader
+
 from . import optimizers
 from .providers import PROVIDERS, OptimizerProvider
 from .timing import Race, time_once
@@ -65,12 +67,16 @@ class Digits:
         train_images, test_images, train_classes, test_classes = map(torch.from_numpy, parts)
         return Digits(train_images, train_classes, test_images, test_classes)
 
-    def batches(self, epochs: int, seed: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """One list of shuffled (images, classes) batches for each epoch."""
+    def batches(self, epochs: int, seed: int) -> Iterator[list[list[torch.Tensor]]]:
+        """One list of shuffled [images, classes] batches for each epoch."""
         generator = torch.Generator().manual_seed(seed)
+        loader = TensorLoader(
+            self.train_images, self.train_classes, batch_size=BATCH, shuffle=True,
+            generator=generator,
+        )  # fmt: skip
+        prefetcher = DevicePrefetcher(loader, self.train_images.device)
         for _ in range(epochs):
-            order = torch.randperm(len(self.train_classes), generator=generator)
-            yield [(self.train_images[i], self.train_classes[i]) for i in order.split(BATCH)]
+            yield list(prefetcher)
 
 
 def multilayer_perceptron() -> nn.Module:
