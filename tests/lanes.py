@@ -18,6 +18,7 @@ import torch
 from fusedopt import _C
 from fusedopt.data import DevicePrefetcher
 from fusedopt.data.lanes import DeviceLane
+from fusedopt.data.prefetching import is_plain
 
 SPECKS = 2e-4  # seconds that a copy of the rehearsed device takes, at most
 
@@ -69,6 +70,8 @@ class RehearsedLane:
         return nullcontext()
 
     def send(self, tensor):
+        if not is_plain(tensor):
+            return tensor.clone()
         arrived = torch.full_like(tensor, -1)
         self._copies.launch(lambda: arrived.copy_(tensor))
         return arrived

@@ -133,7 +133,7 @@ def test_layout_dtype_and_views_are_kept(way):
 def test_tensors_that_are_more_than_values_come_through(way):
     weight = torch.ones(3, requires_grad=True)
     loader = [[weight * 2, torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex64).conj()]]
-    (found,) = way(loader) if way is not rehearsed else to_cpu(loader)
+    (found,) = way(loader)
     assert found[0].requires_grad
     assert found[1].is_sparse
     assert torch.equal(found[2].resolve_conj().cpu(), torch.ones(2, dtype=torch.complex64))
@@ -254,6 +254,26 @@ def test_the_same_copies_are_whole_when_they_are_remembered():
     prefetcher = rehearsed(Source(150), 3, PoisonedRing(_C.Ring(6, False)))
     prefetcher._lane = lane
     assert consume(prefetcher, 0.5) == ""
+
+
+class Unhurried(RehearsedLane):
+    """Its consumer's stream waits for copies, and its host does not: as on a GPU."""
+
+    def hand_over(self, done, tensors):
+        self.handed_over += len(list(tensors))
+
+
+def test_the_last_copies_of_an_epoch_are_remembered():
+    """A ring outlives an epoch's producer: copies may be under way when the next one begins."""
+    prefetcher = rehearsed([batch_of(0), batch_of(1)], 2)
+    prefetcher._lane = lane = Unhurried()
+    lane.send = slow_send(lane)
+    found = []
+    for epoch in range(30):
+        prefetcher.loader = [batch_of(2 * epoch), batch_of(2 * epoch + 1)]
+        found += list(prefetcher)
+    lane._copies.record().synchronize()
+    assert numbers(found) == list(range(60))
 
 
 def test_the_ring_grows_to_the_largest_batch_and_then_no_more():
@@ -428,10 +448,10 @@ def test_attributes_and_epochs_are_the_loaders():
 
 
 def test_its_state_is_that_of_the_last_batch_yielded(way):
-    from torchdata.nodes import IterableWrapper, Loader
+    nodes = pytest.importorskip("torchdata.nodes", reason="torchdata is not installed")
 
     def make():
-        return way(Loader(IterableWrapper(list(range(12)))))
+        return way(nodes.Loader(nodes.IterableWrapper(list(range(12)))))
 
     def take(prefetcher, count):
         iterator = iter(prefetcher)
@@ -532,6 +552,19 @@ def test_on_a_gpu_what_is_there_already_and_what_moves_itself_are_sent():
     (found,) = DevicePrefetcher(loader, "cuda")
     assert found["there"].tolist() == [5.0] * 3
     assert found["packed"].data.is_cuda
+
+
+@needs_cuda
+def test_on_a_gpu_memory_inside_of_objects_is_marked_as_used(monkeypatch):
+    """Else torch's allocator would give it out again under kernels that read it."""
+    marked = []
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda t, stream: marked.append(t.data_ptr())
+    )
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    sparse = torch.eye(3).to_sparse()
+    (found,) = DevicePrefetcher([{"packed": packed, "sparse": sparse}], "cuda")
+    assert {found["packed"].data.data_ptr(), found["sparse"]._values().data_ptr()} <= set(marked)
 
 
 def test_a_batch_sampler_gives_whole_batches(way):

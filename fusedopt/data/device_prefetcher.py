@@ -81,9 +81,13 @@ class DevicePrefetcher:
         snapshot = getattr(self.loader, "state_dict", None)
 
         def source() -> Iterator[tuple[Any, Any]]:
-            for batch in self.loader:
-                yield batch, snapshot and snapshot()
-            yield END, snapshot and snapshot()
+            batches = iter(self.loader)
+            try:
+                for batch in batches:
+                    yield batch, snapshot and snapshot()
+                yield END, snapshot and snapshot()
+            finally:
+                del batches  # here, in the thread that runs it, and not where this is collected
 
         for batch, state in ahead(source(), self.depth, self._lane, self._ring, self.transform):
             self._state = state

@@ -8,7 +8,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -53,9 +54,11 @@ class Failed:
 Item = Ready | Ended | Failed
 
 
-@dataclass
 class Channel:
     """What one thread hands to another: at most `depth` batches, made or being made.
+
+    Made of SimpleQueues, which wait without the GIL: conditions would hand it back and forth
+    several times a batch.
 
     Attributes:
         depth: how many batches the producer may be ahead.
@@ -63,40 +66,34 @@ class Channel:
         reached: where the consumer's stream was when it asked, one event an asking.
     """
 
-    depth: int
-    closed: bool = False
-    reached: deque[Event] = field(default_factory=deque)
-    _items: deque[Item] = field(default_factory=deque)
-    _ahead: int = 0
-    _changed: threading.Condition = field(default_factory=threading.Condition)
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.closed = False
+        self.reached: deque[Event] = deque()
+        self._items: SimpleQueue[Item] = SimpleQueue()
+        self._room: SimpleQueue[None] = SimpleQueue()
+        for _ in range(depth):
+            self._room.put(None)
 
     def reserve(self) -> bool:
         """Waits for room for another batch; False if none is wanted any more."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.closed or self._ahead < self.depth)
-            self._ahead += 1
-            return not self.closed
+        self._room.get()
+        return not self.closed
 
     def put(self, item: Item) -> None:
         """Hands over what was reserved for."""
-        with self._changed:
-            self._items.append(item)
-            self._changed.notify_all()
+        self._items.put(item)
 
     def take(self) -> Item:
         """Waits for the next one."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._items)
-            self._ahead -= 1
-            self._changed.notify_all()
-            return self._items.popleft()
+        item = self._items.get()
+        self._room.put(None)
+        return item
 
     def close(self) -> None:
-        """Lets the producer end, and drops what it made."""
-        with self._changed:
-            self.closed = True
-            self._items.clear()
-            self._changed.notify_all()
+        """Lets the producer end."""
+        self.closed = True
+        self._room.put(None)
 
 
 class Producer:
@@ -124,25 +121,32 @@ class Producer:
         self.ring = ring
         self.transform = transform
         # Pinned memory that copies may still read, until its event.
-        self._sending: deque[tuple[Event, list[torch.Tensor]]] = deque()
+        self._sending: deque[tuple[Event, list[Any]]] = deque()
         self._first: Any = None
 
     def run(self) -> None:
         """Until the source ends, fails, or nobody wants more."""
+        with working(self.lane):
+            try:
+                self._make_all()
+            finally:
+                # In this thread, where a generator can be closed: no other runs it.
+                if callable(close := getattr(self.source, "close", None)):
+                    close()
+                # The ring outlives this producer and gives out what nobody holds.
+                for done, _ in self._sending:
+                    done.synchronize()
+
+    def _make_all(self) -> None:
         made = 0
-        try:
-            while self.channel.reserve():
-                item = self._next(made)
-                ended = not isinstance(item, Ready)
-                self.channel.put(item)
-                del item  # a batch that the consumer drops must not live on here
-                made += 1
-                if ended:
-                    break
-        finally:
-            # In this thread, where a generator can be closed: no other runs it.
-            if callable(close := getattr(self.source, "close", None)):
-                close()
+        while self.channel.reserve():
+            item = self._next(made)
+            ended = not isinstance(item, Ready)
+            self.channel.put(item)
+            del item  # a batch that the consumer drops must not live on here
+            made += 1
+            if ended:
+                break
 
     def _next(self, number: int) -> Item:
         try:
@@ -156,17 +160,18 @@ class Producer:
                     f"batch {number} of the loader has another structure than the first: {found}; "
                     "wanted: the same containers, keys and tensors in every batch"
                 )
-            with working(self.lane):
-                sent: list[torch.Tensor] = []
-                if self.lane is not None:
-                    self._wait_for_room(number)
-                    batch, sent = self._sent(batch, self.lane)
+            sent: list[Any] = []
+            if self.lane is not None:
+                self._wait_for_room(number)
+                batch, sent = self._sent(batch, self.lane)
+            try:
                 if self.transform is not None:
                     batch = self.transform(batch)
-                done = None if self.lane is None else self.lane.done()
-            if done is not None:
-                self._sending.append((done, sent))
-            return Ready(batch, state, done)
+            finally:
+                if self.lane is not None:
+                    done = self.lane.done()
+                    self._sending.append((done, sent))
+            return Ready(batch, state, done if self.lane is not None else None)
         except BaseException as error:  # whatever it is, it is the consumer's
             return Failed(error)
 
@@ -175,19 +180,21 @@ class Producer:
         # n - depth, the consumer had launched all its work on the one before: that has to be done,
         # while its work on the batches since then keeps the device busy.
         if number >= self.channel.depth:
-            self.channel.reached.popleft().synchronize()
+            reached = self.channel.reached.popleft()
+            if not reached.query():
+                reached.synchronize()
         while self._sending and self._sending[0][0].query():
             self._sending.popleft()
 
-    def _sent(self, batch: Any, lane: Lane) -> tuple[Any, list[torch.Tensor]]:
+    def _sent(self, batch: Any, lane: Lane) -> tuple[Any, list[Any]]:
         """A batch on its device, and the pinned memory it is copied from."""
         leaves = list(leaves_of(batch))
         if any(isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu" for leaf in leaves):
             lane.wait_for_others()
         plain = [leaf for leaf in leaves if is_plain(leaf) and not leaf.is_pinned()]
         assert self.ring is not None
-        copies = iter(self.ring.copy(plain))
-        sent: list[torch.Tensor] = []
+        copies = iter(self.ring.copy(plain) if plain else ())
+        sent: list[Any] = []
 
         def send(leaf: Any) -> Any:
             if is_plain(leaf):
@@ -215,6 +222,25 @@ def is_plain(leaf: Any) -> bool:
         and leaf.layout == torch.strided
         and not (leaf.requires_grad or leaf.is_conj() or leaf.is_neg() or leaf.is_quantized)
     )
+
+
+def memory_of(batch: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a batch, those inside of objects and of sparse tensors too."""
+    for leaf in leaves_of(batch):
+        if pins_itself(leaf):
+            yield from memory_of(list(leaf) if isinstance(leaf, tuple) else dict(vars(leaf)))
+        elif isinstance(leaf, torch.Tensor):
+            yield from PARTS.get(leaf.layout, lambda tensor: (tensor,))(leaf)
+
+
+# What memory a tensor of another layout consists of.
+PARTS: dict[torch.layout, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    torch.sparse_coo: lambda t: (t._indices(), t._values()),
+    torch.sparse_csr: lambda t: (t.crow_indices(), t.col_indices(), t.values()),
+    torch.sparse_bsr: lambda t: (t.crow_indices(), t.col_indices(), t.values()),
+    torch.sparse_csc: lambda t: (t.ccol_indices(), t.row_indices(), t.values()),
+    torch.sparse_bsc: lambda t: (t.ccol_indices(), t.row_indices(), t.values()),
+}
 
 
 def _shape_of_leaf(leaf: Any) -> Any:
@@ -256,8 +282,7 @@ class Iteration:
             finally:
                 del item  # or its traceback would hold it, and it its traceback
         if isinstance(item, Ready) and item.done is not None and self._lane is not None:
-            tensors = [t for t in leaves_of(item.batch) if isinstance(t, torch.Tensor)]
-            self._lane.hand_over(item.done, tensors)
+            self._lane.hand_over(item.done, memory_of(item.batch))
         return item
 
     def close(self) -> None:
