@@ -20,6 +20,7 @@ matplotlib.use("Agg")  # files are wanted, wherever this runs
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatter
 from PIL import Image
 from rich import box
 from rich.console import Console
@@ -55,7 +56,6 @@ STYLE = {
     "lines.linewidth": 1.5,
 }
 DPI = 110
-PALETTE = 128  # colours of a PNG: lines and areas need no more, and the file is a third
 
 
 class Example:
@@ -85,7 +85,7 @@ class Example:
         self.short: bool = options.short
         self.out: Path = options.out
         self.console = Console(highlight=False)
-        self.console.width = max(self.console.width, 100)  # a narrower table loses its figures
+        self.console.width = max(self.console.width, 116)  # a narrower table loses its figures
         self._writer = _open_tensorboard(parser, options.tensorboard)
         self._claims: list[tuple[str, bool, str]] = []
         try:
@@ -123,21 +123,20 @@ class Example:
         """
         values = [float(value) for value in values]
         axes.plot(steps, values, gid=tag, **style)
-        self._log(tag, steps, values)
+        self.log(tag, steps, values)
 
-    def path(
-        self, axes: Axes, tag: str, points: Sequence[Sequence[float]], **style: Any
-    ) -> None:
+    def path(self, axes: Axes, tag: str, points: Sequence[Sequence[float]], **style: Any) -> None:
         """Draws a way through the plane from point to point, and logs its two coordinates.
 
         Args: as of `curve`; a point is taken at every step from 0 on.
         """
         first, second = ([float(point[i]) for point in points] for i in range(2))
         axes.plot(first, second, gid=tag, **style)
-        self._log(f"{tag}/x", range(len(first)), first)
-        self._log(f"{tag}/y", range(len(second)), second)
+        self.log(f"{tag}/x", range(len(first)), first)
+        self.log(f"{tag}/y", range(len(second)), second)
 
-    def _log(self, tag: str, steps: Iterable[int], values: Iterable[float]) -> None:
+    def log(self, tag: str, steps: Iterable[int], values: Iterable[float]) -> None:
+        """Logs a number for every step; `curve` and `path` do so themselves."""
         if self._writer is None:
             return
         for step, value in zip(steps, values, strict=True):
@@ -145,14 +144,16 @@ class Example:
 
     def save(self, figure: Figure, name: str) -> None:
         """Writes a picture ``<name>.png``, logs it, and closes it."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=DPI)
-        picture = Image.open(buffer).convert("RGB")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=DPI)
         if self._writer is not None:
             self._writer.add_figure(name, figure, close=False)
         pyplot.close(figure)
         path = self.out / f"{name}.png"
-        picture.quantize(PALETTE, dither=Image.Dither.NONE).save(path, optimize=True)
+        # A palette makes the file a third, and by this method no colour moves by what one can see.
+        picture = Image.open(drawn).convert("RGB")
+        picture = picture.quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        picture.save(path, optimize=True)
         self.console.print(f"Picture: {path}", soft_wrap=True)
 
     def table(self, title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -192,6 +193,19 @@ class Example:
             print(f"{len(failed)} of {len(self._claims)} claims fail: {said}", file=sys.stderr)
             return 1
         return 0
+
+
+def plain_numbers(axes: Axes) -> None:
+    """Numbers instead of powers along a logarithmic vertical axis of few decades."""
+    shown = LogFormatter(minor_thresholds=(2, 0.6))  # not at every minor tick
+    shown.set_axis(axes.yaxis)
+
+    def minor(value: float, place: int | None) -> str:
+        shown.set_locs(axes.yaxis.get_minorticklocs())
+        return f"{value:g}" if shown(value, place) else ""
+
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(minor))
 
 
 def _open_tensorboard(parser: argparse.ArgumentParser, folder: Path | None) -> Any:

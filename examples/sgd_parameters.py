@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lr 0.1": {},
     "lr 0.3": {"lr": 0.3},
     "momentum 0.9": {"momentum": 0.9},
-    "Nesterov, 0.9": {"momentum": 0.9, "nesterov": True},
+    "Nesterov 0.9": {"momentum": 0.9, "nesterov": True},
     "weight decay 2.0": {"weight_decay": 2.0},
     "momentum 0.9, dampening 0.8": {"momentum": 0.9, "dampening": 0.8},
 }
@@ -166,7 +166,7 @@ def draw(
         Line2D([], [], color="#f2b48c", linewidth=5.5, label="torch.optim.SGD"),
         Line2D([], [], color=BLUE, linewidth=1.1, marker=".", label="fusedopt.SGD, a dot a step"),
         Line2D([], [], color=VERMILION, linewidth=0, marker="*", markersize=9,
-               label=f"where it is after {STEPS} steps"),
+               label=f"after {STEPS} steps"),
     ]  # fmt: skip
     figure.suptitle("One neuron under four losses (darker: higher), from w = 6, b = -3; "
                     "learning rate 0.1 where none is named")  # fmt: skip
