@@ -100,8 +100,11 @@ class Example:
         It draws itself only then: a thread that redraws by the clock would wake up inside steps.
         """
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         shown = {"console": self.console, "disable": not self.console.is_terminal}
         with Progress(*columns, **shown, auto_refresh=False, transient=True) as progress:
             task = progress.add_task(label, total=len(items))
@@ -150,9 +153,9 @@ class Example:
             self._writer.add_figure(name, figure, close=False)
         pyplot.close(figure)
         path = self.out / f"{name}.png"
-        # A palette makes the file a third, and by this method no colour moves by what one can see.
+        # A palette makes the file a third; refined twice, it moves no colour by what one can see.
         picture = Image.open(drawn).convert("RGB")
-        picture = picture.quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        picture = picture.quantize(kmeans=2, dither=Image.Dither.NONE)
         picture.save(path, optimize=True)
         self.console.print(f"Picture: {path}", soft_wrap=True)
 

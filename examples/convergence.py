@@ -1,8 +1,8 @@
 """Which optimizer and learning rate gets a straight line through 30 points in 20,000 steps?
 
 US homicide deaths by the age of the victim, 21 to 50, and the line through them that makes the sum
-of the squares of its errors smallest. Ages are around 35 and the intercept around 1,000, so that the
-loss is a valley 24,000 times steeper across than along: no learning rate of plain SGD is small
+of the squares of its errors smallest. Ages are around 35 and the intercept around 1,000, so that
+the loss is a valley 24,000 times steeper across than along: no learning rate of plain SGD is small
 enough for the one and large enough for the other. Adagrad and Adam scale each coordinate and get
 there; and so does plain SGD once both axes are scaled to 0..1.
 """
@@ -22,8 +22,8 @@ from torch import Tensor
 import fusedopt
 
 # Deaths by homicide in the United States in one year, by age: public counts of the Centers for
-# Disease Control and Prevention (National Center for Health Statistics, "Underlying Cause of Death",
-# CDC WONDER online database).
+# Disease Control and Prevention (National Center for Health Statistics, "Underlying Cause of
+# Death", CDC WONDER online database).
 AGES = range(21, 51)
 DEATHS = (
     657, 639, 656, 649, 615, 569, 492, 534, 485, 444, 424, 452, 435, 413, 378,

@@ -1,9 +1,9 @@
-"""Every optimizer of fusedopt learns handwritten digits: who is how fast, and what micro-batches do.
+"""Every optimizer of fusedopt learns handwritten digits, and micro-batches make the same curve.
 
-A network 64-100-100-10 learns scikit-learn's 1,797 digits from the same weights, on the same batches
-in the same order, with SGD, momentum, Nesterov's momentum and each further optimizer that fusedopt
-exports. Training is that of `python -m fusedopt.bench train`, which compares with torch.optim. Then
-128 images a step, as one batch and as four micro-batches of 32: the same curve.
+A network 64-100-100-10 learns scikit-learn's 1,797 digits from the same weights, on the same
+batches in the same order, with SGD, momentum, Nesterov's momentum and each further optimizer that
+fusedopt exports. Training is that of `python -m fusedopt.bench train`, which compares with
+torch.optim. Then 128 images a step, as one batch and as four micro-batches of 32.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from fusedopt.bench import optimizers
 from fusedopt.bench.timing import Stats
 from fusedopt.bench.train import BATCH, MODELS, Digits, Run, train_in_lockstep
 
-EPOCHS, SHORT_EPOCHS = 30, 20
+EPOCHS, SHORT_EPOCHS = 30, 16
 SEED = 0
 MICRO_BATCHES = 4
-RIGHT = 90.0  # percentage of test images that every optimizer must get right
+RIGHT = 85.0  # percentage of test images that every optimizer must get right
 # Rounding differs between the mean of four means and the mean of all, and training amplifies it.
 SAME = 1e-4  # largest relative difference between the two curves
 
 SGD: dict[str, dict[str, Any]] = {
-    "SGD": {"lr": 0.05},
-    "SGD, momentum": {"lr": 0.05, "momentum": 0.9},
-    "SGD, Nesterov": {"lr": 0.05, "momentum": 0.9, "nesterov": True},
+    "SGD": {"lr": 0.1},
+    "SGD, momentum": {"lr": 0.1, "momentum": 0.9},
+    "SGD, Nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
 }
 
 
@@ -138,7 +138,8 @@ def accumulate(example: Example, digits: Digits, epochs: int) -> None:
         pairs = zip(whole.losses, ours, strict=True)
         apart = torch.tensor([abs(a - b) / a for a, b in pairs]).amax().item()  # keeps a nan
         example.claim(f"{title}: accumulated micro-batches have the curve of the large batch, "
-                      f"to {SAME:g} of the loss", apart <= SAME, f"{apart:.1e} at most")  # fmt: skip
+                      f"to {SAME:g} of the loss",
+                      apart <= SAME, f"{apart:.1e} at most")  # fmt: skip
     panels[0].set_ylabel("training log-loss (nats)")
     figure.suptitle(f"accumulation_steps={MICRO_BATCHES}: micro-batches make the same curve")
     figure.tight_layout()

@@ -276,7 +276,8 @@ def show_by_hand(example: Example, axes: Axes, steps: int) -> None:
     example.claim("With lr 0.1 and momentum 0.9 it falls again, to a third",
                   third[-1] < third[0] / 3, f"{third[0]:.3f} to {third[-1]:.3f}")  # fmt: skip
     example.claim("With weight decay 0.1 it rises again: the decay pulls the weights back",
-                  run.losses[-1] > third[-1], f"{third[-1]:.3f} to {run.losses[-1]:.3f}")  # fmt: skip
+                  run.losses[-1] > third[-1],
+                  f"{third[-1]:.3f} to {run.losses[-1]:.3f}")  # fmt: skip
 
 
 # ---- A checkpoint ----

@@ -110,7 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     ends = {pair: path[-1] for pair, path in paths.items()}
     for name, loss in LOSSES.items():
-        x, y = points()
         start, end = value(loss, torch.tensor(START)), value(loss, ends[name, "momentum 0.9"])
         example.claim(f"{name}: momentum descends to below a quarter of the first loss",
                       end < start / 4, f"{start:.3g} to {end:.3g}")  # fmt: skip

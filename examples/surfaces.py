@@ -1,8 +1,8 @@
 """Descents on a surface with a valley and a plateau: tanh(w0)^2 + 0.01 |w1| + sigmoid(w1).
 
-Across the valley (w0) the surface is steep near the middle and flat far away; along it (w1) there is
-a gentle slope to a minimum at w1 = -4.6. Four pictures: learning rates that are too small, good and
-too large; a plateau that SGD does not leave and momentum, RMSprop and Adam cross; the noise of
+Across the valley (w0) the surface is steep near the middle and flat far away; along it (w1) there
+is a gentle slope to a minimum at w1 = -4.6. Four pictures: learning rates that are too small, good
+and too large; a plateau that SGD does not leave and momentum, RMSprop and Adam cross; the noise of
 mini-batches and what quiets it (accumulation, step decay, warm restarts); and the range test, which
 suggests a learning rate.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import BLACK, BLUE, COLOURS, DASHES, GREEN, ORANGE, VERMILION, Example
+from common import BLUE, COLOURS, DASHES, GREEN, ORANGE, VERMILION, Example
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -153,7 +153,7 @@ def map_and_relief(
         example.path(flat, f"{name}/{label.replace(',', '').replace(' ', '_')}", way.path,
                      color=COLOURS[index], linestyle=DASHES[index], linewidth=1, marker=".",
                      markersize=4, label=label)  # fmt: skip
-    flat.legend(loc="lower left")
+    flat.legend(loc="lower right")
     relief(steep, w0, w1, [*ways.values()])
     steep.set_title("the same ways on the surface")
     figure.suptitle(title)
