@@ -126,7 +126,7 @@ class Example:
         """
         values = [float(value) for value in values]
         axes.plot(steps, values, gid=tag, **style)
-        self.log(tag, steps, values)
+        self._log(tag, steps, values)
 
     def path(self, axes: Axes, tag: str, points: Sequence[Sequence[float]], **style: Any) -> None:
         """Draws a way through the plane from point to point, and logs its two coordinates.
@@ -135,11 +135,10 @@ class Example:
         """
         first, second = ([float(point[i]) for point in points] for i in range(2))
         axes.plot(first, second, gid=tag, **style)
-        self.log(f"{tag}/x", range(len(first)), first)
-        self.log(f"{tag}/y", range(len(second)), second)
+        self._log(f"{tag}/x", range(len(first)), first)
+        self._log(f"{tag}/y", range(len(second)), second)
 
-    def log(self, tag: str, steps: Iterable[int], values: Iterable[float]) -> None:
-        """Logs a number for every step; `curve` and `path` do so themselves."""
+    def _log(self, tag: str, steps: Iterable[int], values: Iterable[float]) -> None:
         if self._writer is None:
             return
         for step, value in zip(steps, values, strict=True):

@@ -49,14 +49,10 @@ def tilts() -> Tensor:
 class Descent:
     """A point, and the way it takes.
 
-    Args:
-        make: the optimizer's class.
-        start: where the point begins.
-        batch: samples a step; 0 for all of them.
-        **settings: the optimizer's arguments.
-
     Attributes:
         optimizer: what moves it.
+        point: where it is.
+        batch: samples a step; 0 for all of them.
         path: where it was, from the start on.
         losses: what it saw at every step: of the batch.
         rates: learning rate of every step.
@@ -202,7 +198,7 @@ def show_plateau(example: Example) -> None:
 
 def show_noise(example: Example) -> None:
     """Mini-batches of 4 of 256 samples, and four ways to quiet them."""
-    start, updates = (-1.2, 2.5), 640
+    start, updates = (-1.2, 2.5), 400 if example.short else 640
 
     def noisy(**settings: Any) -> Descent:
         return Descent.of(fusedopt.SGD, start, BATCH, lr=0.5, **settings)
@@ -278,9 +274,13 @@ def show_range_test(example: Example) -> None:
     suggestion = lowest_rate / 10
 
     figure, axes = pyplot.subplots(figsize=(8.2, 4.6))
-    # Over the learning rate, which is what a step stands for here.
-    axes.plot(test.rates, test.losses, color="#b9b9b9", linewidth=0.8, label="a batch's loss")
-    axes.plot(test.rates, smooth, color=BLUE, label="smoothed")
+    lines = (
+        ("a_batch", test.losses, {"color": "#b9b9b9", "linewidth": 0.8, "label": "a batch's loss"}),
+        ("smoothed", smooth, {"color": BLUE, "label": "smoothed"}),
+    )
+    for tag, losses, style in lines:
+        points = [*zip(test.rates, losses, strict=True)]
+        example.path(axes, f"range_test/{tag}", points, **style)
     axes.axvline(lowest_rate, color=VERMILION, linestyle=":", label=f"lowest: {lowest_rate:.2g}")
     axes.axvline(suggestion, color=GREEN, linestyle="--",
                  label=f"suggested, a tenth: {suggestion:.2g}")  # fmt: skip
@@ -289,8 +289,6 @@ def show_range_test(example: Example) -> None:
     axes.set_title("Range test: where the loss stops falling, steps overshoot;\n"
                    "a tenth of that rate still falls fast, and has room")  # fmt: skip
     figure.tight_layout()
-    for tag, values in (("lr", test.rates), ("loss", test.losses), ("smoothed", smooth)):
-        example.log(f"range_test/{tag}", range(steps), values)
     example.save(figure, "surfaces_range_test")
     example.console.print(
         f"Range test: take lr {suggestion:.2g}. The smoothed loss is lowest at {lowest_rate:.2g} "
