@@ -129,7 +129,7 @@ def train(make: Make, steps: int, drop_at: int) -> tuple[list[float], list[Tenso
 def mark_drop(axes: Axes, step: int) -> None:
     """A line where the learning rate drops."""
     axes.axvline(step, color=GREY, linewidth=0.8, linestyle=":")
-    axes.annotate(f"learning rate times {DROP:g}", (step, 0.03), (4, 0), fontsize=8,
+    axes.annotate(f"learning rate times {DROP:g}", (step, 0.93), (4, 0), fontsize=8,
                   xycoords=axes.get_xaxis_transform(), textcoords="offset points")  # fmt: skip
 
 

@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # the network is no work for two
     steps = SHORT_STEPS if example.short else STEPS
     show_schedules(example, steps)
-    figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.4))
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.4))
     parts = (show_groups, show_by_hand, show_resumed)
     for axes, show in zip(panels, example.track(parts, "groups, by hand, resumed"), strict=True):
         show(example, axes, steps)

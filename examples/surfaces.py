@@ -139,7 +139,7 @@ def relief(
 
 def map_and_relief(
     example: Example, name: str, ways: dict[str, Descent], w0: tuple[float, float],
-    w1: tuple[float, float], title: str,
+    w1: tuple[float, float], title: str, legend: str,
 ) -> None:  # fmt: skip
     """Ways on the map and on the relief beside it."""
     figure = pyplot.figure(figsize=(11.5, 4.9))
@@ -149,7 +149,7 @@ def map_and_relief(
         example.path(flat, f"{name}/{label.replace(',', '').replace(' ', '_')}", way.path,
                      color=COLOURS[index], linestyle=DASHES[index], linewidth=1, marker=".",
                      markersize=4, label=label)  # fmt: skip
-    flat.legend(loc="lower right")
+    flat.legend(loc=legend)
     relief(steep, w0, w1, [*ways.values()])
     steep.set_title("the same ways on the surface")
     figure.suptitle(title)
@@ -165,7 +165,8 @@ def show_rates(example: Example) -> None:
     rates = (1.4, 0.5, 0.03)  # the widest way below the others
     ways = {f"SGD, lr {lr:g}": Descent.of(fusedopt.SGD, (1.2, 3.0), lr=lr).go(100) for lr in rates}
     map_and_relief(example, "rates", ways, (-2.0, 2.0), (-5.0, 4.0),
-                   "Learning rates: too small, good, too large (100 steps of SGD)")  # fmt: skip
+                   "Learning rates: too small, good, too large (100 steps of SGD)",
+                   "lower right")  # fmt: skip
     large, good, small = ways.values()
     ends = [way.heights()[-1].item() - lowest() for way in (small, good, large)]
     example.claim("lr 0.5 gets within 0.1 of the minimum, lr 0.03 stays above 0.5",
@@ -188,7 +189,8 @@ def show_plateau(example: Example) -> None:
     for way in ways.values():
         way.go(steps)
     map_and_relief(example, "plateau", ways, (-5.0, 3.5), (-9.0, 3.0),
-                   f"A plateau: {steps} steps from w0 = -4, where the slope is 0.003")  # fmt: skip
+                   f"A plateau: {steps} steps from w0 = -4, where the slope is 0.003",
+                   "upper right")  # fmt: skip
     plain, *others = (way.path[-1][0] for way in ways.values())
     example.claim("Plain SGD is still on the plateau: w0 below -3", plain < -3, f"{plain:.2f}")
     for label, w0 in zip([*ways][1:], others, strict=True):
