@@ -17,6 +17,7 @@ import torch
 from test_registry import missing_pieces
 
 import fusedopt
+from fusedopt.bench import optimizers, train
 
 for needed in ("rich", "matplotlib", "sklearn"):
     pytest.importorskip(needed, reason="the examples need it")
@@ -304,6 +305,24 @@ def test_the_best_line_is_least_squares():
     assert best.verdict([best.loss * 1.02, best.slope, best.intercept]) == script.CRAWLING
     assert best.verdict([best.loss, best.slope, best.intercept * 1.005]) == script.CONVERGED
     assert best.verdict([float("nan"), best.slope, best.intercept]) == script.DIVERGED
+
+
+def test_the_race_and_the_benchmark_share_their_training(monkeypatch):
+    def noticed(runs, batches):
+        raise RuntimeError(f"{len(runs)} runs")
+
+    script = example("digits_race")
+    assert script.train_in_lockstep is train.train_in_lockstep
+    assert script.Run is train.Run
+    monkeypatch.setattr(train, "train_in_lockstep", noticed)
+    with pytest.raises(RuntimeError, match="5 runs"):
+        next(train.measure(["mlp"], ["SGD"], epochs=1, seed=0))
+
+
+def test_every_exported_optimizer_races():
+    contestants = example("digits_race").contestants()
+    assert {name for name, _ in contestants.values()} == set(optimizers.names())
+    assert [*contestants][:3] == ["SGD", "SGD, momentum", "SGD, Nesterov"]
 
 
 def test_the_lowest_point_of_the_surface_is_its_minimum():
