@@ -76,7 +76,7 @@ def race(example: Example, digits: Digits, epochs: int) -> None:
                       label=f"{title} ({accuracy:.1f}% of test images right)")  # fmt: skip
         warm = run.step_seconds[len(run.step_seconds) // epochs :]
         step = Stats.of(warm or run.step_seconds).scaled(1e6)
-        settings = ", ".join(f"{key} {value:g}" for key, value in contestants()[title][1].items())
+        settings = ", ".join(f"{key} {value}" for key, value in contestants()[title][1].items())
         rows.append((title, settings or "defaults", f"{losses[0]:.3f}", f"{losses[-1]:.4f}",
                      f"{accuracy:.2f}", f"{step.median:.1f}"))  # fmt: skip
         example.claim(f"{title} learns: the loss ends below a quarter of guessing's, log 10",
