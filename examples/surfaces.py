@@ -205,7 +205,7 @@ def show_noise(example: Example) -> None:
     def noisy(**settings: Any) -> Descent:
         return Descent.of(fusedopt.SGD, start, BATCH, lr=0.5, **settings)
 
-    window = 8
+    window = 4 if example.short else 8
     ways = {
         "constant": noisy().go(updates),
         "accumulated": noisy(accumulation_steps=window).go(updates * window),

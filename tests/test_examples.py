@@ -170,6 +170,8 @@ def one_epoch(script, patch):
 def another_schedule(script, patch):
     wrong = script.Schedule("wrong", script.SCHEDULES[1].make, script.SCHEDULES[0].rate)
     patch.setattr(script, "SCHEDULES", (wrong, *script.SCHEDULES[1:]))
+    for name in ("show_groups", "show_by_hand", "show_resumed"):
+        patch.setattr(script, name, lambda example, axes, steps: None)
 
 
 def a_worse_sgd(script, patch):
@@ -178,6 +180,7 @@ def a_worse_sgd(script, patch):
 
     patch.setattr(script, "fusedopt", SimpleNamespace(SGD=worse))
     patch.setattr(script, "LOSSES", {name: script.LOSSES[name] for name in ("MSE", "L1")})
+    patch.setattr(script, "STEPS", 20)
 
 
 def rate_outside_the_buffer(script, patch):
