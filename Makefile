@@ -7,13 +7,16 @@ TOOLS := PATH="$(abspath $(VENV)/bin):$$PATH"
 # csrc's folders too: a file added or deleted is a change. So is another torch.
 SOURCES := $(shell find csrc) setup.py pyproject.toml \
   $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py)
-CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cpp examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SET_UP := $(VENV)/.set-up
 BUILT := $(VENV)/.built
 SANITIZED := build/cpp-sanitize
+# Which of the files in examples/ are scripts, in the order of docs/gallery.md.
+EXAMPLES := $(patsubst %,examples/%.py, \
+  convergence surfaces digits_race schedules sgd_parameters custom_rule)
 
 .DEFAULT_GOAL := help
-.PHONY: help build bench test test-long test-cpp lint format clean check-python
+.PHONY: help build bench examples test test-long test-cpp lint format clean check-python
 ifeq ($(wildcard fusedopt/_build_info.py),)
 .PHONY: $(BUILT)
 endif
@@ -21,12 +24,17 @@ endif
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo 'Variables: PYTHON (makes the virtual environment), VENV (where), MAX_JOBS (compilers at'
-	@echo 'once), BENCH_ARGS, PYTEST_ARGS. `make test PYTEST_ARGS="-k adam"` runs a part.'
+	@echo 'once), BENCH_ARGS, EXAMPLE_ARGS, PYTEST_ARGS. `make test PYTEST_ARGS="-k adam"` runs a part.'
 
 build: $(BUILT) ## build the extension in place
 
 bench: $(BUILT) ## train real networks, time the step; tables and pictures in build/bench
 	$(PY) -m fusedopt.bench $(BENCH_ARGS)
+
+examples: $(BUILT) ## run the examples; their pictures in build/examples
+	@set -e; for script in $(EXAMPLES); do \
+	  echo "== $$script"; $(PY) $$script --out build/examples $(EXAMPLE_ARGS); \
+	done
 
 test: $(BUILT) ## the tests that are not slow
 	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -267,13 +267,18 @@ def measure(
         runs = make_runs(MODELS[model](), optimizer)
         for batches in digits.batches(epochs, seed):
             on_epoch(f"{model} / {optimizer}")
-            for index, batch in enumerate(batches):
-                # Lockstep, and no run always first: step times then compare within a batch.
-                names_of_runs = list(runs)
-                shift = index % len(names_of_runs)
-                for name in names_of_runs[shift:] + names_of_runs[:shift]:
-                    runs[name].train_on(*batch)
+            train_in_lockstep(list(runs.values()), batches)
         yield make_row(model, optimizer, runs, digits, len(batches))
+
+
+def train_in_lockstep(
+    runs: list[Run], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Every run on every batch, and none always first: step times then compare within a batch."""
+    for index, batch in enumerate(batches):
+        shift = index % len(runs)
+        for run in runs[shift:] + runs[:shift]:
+            run.train_on(*batch)
 
 
 def make_runs(model: nn.Module, optimizer: str) -> dict[str, Run]:
