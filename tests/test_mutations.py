@@ -26,6 +26,7 @@ FLAGS = ["-O1", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-con
 SOURCES = {
     "rule_test": [],
     "dtype_test": [],
+    "gather_test": ["data/gather.cpp"],
     "driver_test": [
         *("core/registry.cpp", "core/table.cpp", "cpu/driver.cpp", "cpu/tiers.cpp"),
         *("cpu/tier_generic.cpp", "cpu/tier_avx2.cpp", "cpu/tier_avx512.cpp"),
@@ -66,6 +67,7 @@ _BF16_ROUNDING = "+ 0x7fffu + ((bits >> 16) & 1u)"
 _GENERIC = {"test": "driver_test", "rebuild": "cpu/tier_generic.cpp"}
 _DRIVER = {"test": "driver_test", "rebuild": "cpu/driver.cpp"}
 _TABLE = {"test": "driver_test", "rebuild": "core/table.cpp"}
+_GATHER = {"test": "gather_test", "rebuild": "data/gather.cpp"}
 _BODY = {"test": "cuda_body_test"}
 _ONEPASS = {"test": "onepass_test"}
 
@@ -446,6 +448,38 @@ MUTATIONS = [
         "surroundings: .* bfloat16/.* on a CUDA body",
         **_BODY,
     ),
+    Mutation(
+        "the last piece of a batch is left out",
+        "data/gather.cpp",
+        "begin < count; begin += length",
+        "begin + length <= count; begin += length",
+        ": label",
+        **_GATHER,
+    ),
+    Mutation(
+        "rows in order begin at the first",
+        "data/gather.cpp",
+        "index == nullptr ? first + i",
+        "index == nullptr ? i",
+        "in order: (row|label)",
+        **_GATHER,
+    ),
+    Mutation(
+        "rows are taken to follow one another",
+        "data/gather.cpp",
+        "* source.stride;",
+        "* source.bytes;",
+        "rows of 1 bytes, 2 apart.*: row",
+        **_GATHER,
+    ),
+    Mutation(
+        "a negative index is in range",
+        "data/gather.cpp",
+        "static_cast<uint64_t>(i) >= limit",
+        "i >= static_cast<int64_t>(limit)",
+        "a negative one",
+        **_GATHER,
+    ),
 ]
 
 
@@ -516,7 +550,8 @@ def copy_tree(target: Path) -> None:
 
 def marks(test: str) -> list:
     """Those of the drivers are slow: each compiles a tier, or the bodies of all kernels."""
-    return [] if test in ("rule_test", "dtype_test") else [pytest.mark.slow]
+    quick = ("rule_test", "dtype_test", "gather_test")
+    return [] if test in quick else [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
