@@ -97,13 +97,6 @@ std::vector<Board> StepPlan::boards(const std::vector<DeviceNumbers>& numbers,
   return boards;
 }
 
-Walkers StepPlan::walkers() const {
-  for (const Launch& launch : launches_) {
-    if (launch.on_device == nullptr) return Walkers::kTorchPool;
-  }
-  return Walkers::kHelpers;
-}
-
 std::vector<Work> StepPlan::host_work(const Pass& pass) const {
   const Tier& tier = current_tier();
   std::vector<Work> work;
@@ -137,7 +130,7 @@ void StepPlan::launch(const AmpTensors& amp) {
   }
   const std::vector<Work> work = host_work({});
   const py::gil_scoped_release no_gil;
-  for_blocks(rows_.size(), walkers(), [this](size_t begin, size_t end) { commit(begin, end); });
+  for_blocks(rows_.size(), [this](size_t begin, size_t end) { commit(begin, end); });
   if (!work.empty()) run_tables(work, run_on_torch_pool);
 }
 
@@ -312,7 +305,7 @@ bool StepPlan::launch(const AmpTensors& amp, const Micro& micro, const py::objec
     if (accumulates) {
       commit_accumulation();
     } else {
-      for_blocks(rows_.size(), walkers(), [this](size_t begin, size_t end) { commit(begin, end); });
+      for_blocks(rows_.size(), [this](size_t begin, size_t end) { commit(begin, end); });
     }
     if (!work.empty()) run_tables(work, run_on_torch_pool);
   }

@@ -27,7 +27,6 @@
 #include "plan/dtensor.h"
 #include "plan/hyper.h"
 #include "plan/onepass.h"
-#include "plan/pool.h"
 
 namespace fusedopt {
 
@@ -195,7 +194,6 @@ class StepPlan {
                     cuda::Measure measure);
   Question question_for(const Side& side, const AmpTensors& amp, const Micro& micro,
                         std::vector<at::Tensor>& kept) const;
-  Walkers walkers() const;
   std::vector<Work> host_work(const Pass& pass) const;
   void empty_window(bool zero_grads);
   void drop_grads();

@@ -1,4 +1,4 @@
-// The threads of a step: torch's own pool for the CPU driver, and helpers for a plan's walks.
+// torch's own thread pool, for the CPU driver.
 #pragma once
 
 #include <cstddef>
@@ -13,15 +13,7 @@ void run_on_torch_pool(const std::function<void()>& worker);
 // Blocks of rows small enough that what they hang from fits the first-level cache.
 constexpr size_t kRowBlock = 16;
 
-// Who walks beside the calling thread.
-enum class Walkers {
-  kTorchPool,  // spins already, where the CPU driver has work every step
-  kHelpers,    // join when they have woken up: nobody waits for a thread that sleeps
-};
-
-// Calls body(begin, end) for blocks of at most kRowBlock rows, on several threads where that pays,
-// never more than torch.get_num_threads(). `body` does not throw.
-void for_blocks(size_t rows, Walkers walkers,
-                const std::function<void(size_t begin, size_t end)>& body);
+// Calls body(begin, end) for blocks of at most kRowBlock rows, on the pool where that pays.
+void for_blocks(size_t rows, const std::function<void(size_t begin, size_t end)>& body);
 
 }  // namespace fusedopt

@@ -78,7 +78,7 @@ std::optional<std::string> StepPlan::refresh(const py::list& param_groups, const
   }
   if (reason == nullptr) {
     std::atomic<const char*> found{nullptr};
-    for_blocks(rows_.size(), walkers(), [&](size_t begin, size_t end) {
+    for_blocks(rows_.size(), [&](size_t begin, size_t end) {
       const char* here = refresh_rows(begin, end);
       if (here != nullptr) found = here;
     });
