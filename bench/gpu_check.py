@@ -491,11 +491,11 @@ def main(arguments: list[str] | None = None) -> int:
         "pipeline": lambda limit: check.module("pipeline", limit),
         "graphs": check.graphs,
         "load": check.load,
+        "large": lambda limit: check.tests(limit, "tests/test_cuda.py", "-m", "slow"),
         **{
             f"sanitizer: {tool}": lambda limit, tool=tool: check.sanitizer(tool, limit)
             for tool in SANITIZERS
         },
-        "large": lambda limit: check.tests(limit, "tests/test_cuda.py", "-m", "slow"),
     }
     for name, part in parts.items():
         if name.partition(":")[0] in wanted:
