@@ -4,7 +4,7 @@ A lane is told what to do by one thread that produces batches and one that consu
 
 - The consumer's stream waits for the event after a batch's copies (`hand_over`).
 - The producing thread waits, on the host, until the consumer's stream is through with an earlier
-  batch (`progress`): a host that runs far ahead of its GPU would otherwise fill the GPU's memory.
+  batch: a host that runs far ahead of its GPU would otherwise fill the GPU's memory.
 - Memory of a batch comes from torch's allocator, on the lane's stream, and is marked as used on the
   consumer's: it is given out again when the consumer let go of it and its kernels are done.
 """
@@ -43,11 +43,12 @@ class Lane(Protocol):
     def done(self) -> Event:
         """A point after all that was launched so far."""
 
-    def hand_over(self, done: Event, tensors: Iterable[torch.Tensor]) -> None:
-        """The consumer's current stream waits for `done`, and will use `tensors`."""
+    def hand_over(self, done: Event, tensors: Iterable[torch.Tensor]) -> Event:
+        """The consumer's current stream waits for `done`, and will use `tensors`.
 
-    def progress(self) -> Event:
-        """A point after all that the consumer has launched so far on its current stream."""
+        Returns:
+            A point before that: after all that the consumer has launched on the stream.
+        """
 
 
 class DeviceLane:
@@ -59,6 +60,7 @@ class DeviceLane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._index = device.index  # a number is understood several times as fast as a device
         self._module = torch.get_device_module(device)
         self._stream = self._module.Stream(device)
 
@@ -73,26 +75,21 @@ class DeviceLane:
 
     def wait_for_others(self) -> None:
         """The lane's stream waits for what this thread launched on its usual one."""
-        self._stream.wait_stream(self._module.default_stream(self.device))
+        self._stream.wait_stream(self._module.default_stream(self._index))
 
     def done(self) -> Event:
         """A point after all that was launched so far."""
         event: Event = self._stream.record_event()
         return event
 
-    def hand_over(self, done: Event, tensors: Iterable[torch.Tensor]) -> None:
+    def hand_over(self, done: Event, tensors: Iterable[torch.Tensor]) -> Event:
         """The consumer's current stream waits for `done`, and will use `tensors`."""
-        stream = self._module.current_stream(self.device)
+        stream = self._module.current_stream(self._index)
+        reached: Event = stream.record_event()
         stream.wait_event(done)
         for tensor in tensors:
             if tensor.device.type != "cpu":
                 tensor.record_stream(stream)
-
-    def progress(self) -> Event:
-        """A point after all that the consumer has launched so far on its current stream."""
-        event = self._module.Event(blocking=True)  # a thread that spins would take a core
-        event.record(self._module.current_stream(self.device))
-        reached: Event = event
         return reached
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from fusedopt import _C
 from .lanes import Event, Lane, working
 from .structure import difference, leaves_of, map_leaves, pins_itself
 
+SHORTEST_PAUSE, LONGEST_PAUSE = 2e-5, 5e-4  # seconds between two questions
 JOIN_SECONDS = 5.0  # a source that takes longer for a batch ends by itself, after that batch
 
 
@@ -63,13 +65,14 @@ class Channel:
     Attributes:
         depth: how many batches the producer may be ahead.
         closed: the consumer wants no more.
-        reached: where the consumer's stream was when it asked, one event an asking.
+        reached: where the consumer's stream was when it took a batch, an event each; None once it
+            is closed.
     """
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self.closed = False
-        self.reached: deque[Event] = deque()
+        self.reached: SimpleQueue[Event | None] = SimpleQueue()
         self._items: SimpleQueue[Item] = SimpleQueue()
         self._room: SimpleQueue[None] = SimpleQueue()
         for _ in range(depth):
@@ -94,6 +97,7 @@ class Channel:
         """Lets the producer end."""
         self.closed = True
         self._room.put(None)
+        self.reached.put(None)
 
 
 class Producer:
@@ -176,13 +180,13 @@ class Producer:
             return Failed(error)
 
     def _wait_for_room(self, number: int) -> None:
-        # There is room for batch n once n - depth + 1 batches were asked for. When it asked for
-        # n - depth, the consumer had launched all its work on the one before: that has to be done,
-        # while its work on the batches since then keeps the device busy.
+        # There is room for batch n once n - depth + 1 batches were taken. When it took n - depth,
+        # the consumer had launched all its work on the one before: that has to be done, while its
+        # work on the batches since then keeps the device busy.
         if number >= self.channel.depth:
-            reached = self.channel.reached.popleft()
-            if not reached.query():
-                reached.synchronize()
+            reached = self.channel.reached.get()
+            if reached is not None:
+                wait_for(reached)
         while self._sending and self._sending[0][0].query():
             self._sending.popleft()
 
@@ -191,15 +195,17 @@ class Producer:
         leaves = list(leaves_of(batch))
         if any(isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu" for leaf in leaves):
             lane.wait_for_others()
-        plain = [leaf for leaf in leaves if is_plain(leaf) and not leaf.is_pinned()]
+        plain = [leaf for leaf in leaves if is_plain(leaf)]
+        pageable = [leaf for leaf in plain if not leaf.is_pinned()]
         assert self.ring is not None
-        copies = iter(self.ring.copy(plain) if plain else ())
-        sent: list[Any] = []
+        copies = dict(
+            zip(map(id, pageable), self.ring.copy(pageable) if pageable else (), strict=True)
+        )
+        sent: list[Any] = [copies.get(id(leaf), leaf) for leaf in plain]
+        on_their_way = dict(zip(map(id, plain), sent, strict=True))
 
         def send(leaf: Any) -> Any:
-            if is_plain(leaf):
-                pinned = leaf if leaf.is_pinned() else next(copies)
-                sent.append(pinned)
+            if (pinned := on_their_way.get(id(leaf))) is not None:
                 return lane.send(pinned)
             if pins_itself(leaf):
                 leaf = leaf.pin_memory()
@@ -209,6 +215,18 @@ class Producer:
             return leaf
 
         return map_leaves(batch, send), sent
+
+
+def wait_for(event: Event) -> None:
+    """Waits on the host, asking again and again.
+
+    A GPU's own wait either spins, which takes a core, or sleeps, and then comes back a tenth of a
+    millisecond late: longer than a batch of some MiB is copied.
+    """
+    pause = SHORTEST_PAUSE
+    while not event.query():
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 END = object()  # in place of a source's last batch
@@ -273,8 +291,6 @@ class Iteration:
                 f"this iterator belongs to process {self._process}, and its thread did not come "
                 f"along to process {os.getpid()}; call iter() on the loader again there"
             )
-        if self._lane is not None:
-            self._channel.reached.append(self._lane.progress())
         item = self._channel.take()
         if isinstance(item, Failed):
             try:
@@ -282,7 +298,7 @@ class Iteration:
             finally:
                 del item  # or its traceback would hold it, and it its traceback
         if isinstance(item, Ready) and item.done is not None and self._lane is not None:
-            self._lane.hand_over(item.done, memory_of(item.batch))
+            self._channel.reached.put(self._lane.hand_over(item.done, memory_of(item.batch)))
         return item
 
     def close(self) -> None:
