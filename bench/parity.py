@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,7 +78,13 @@ class Parity:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the result file."""
-        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch."), "same": self.same}
+        return {
+            "ulps": self.ulps,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "error": self.error,
+            "same": self.same,
+            "same_update": self.ulps.get(UPDATE.name, math.inf) <= SAME[self.dtype],
+        }
 
 
 def settings(optimizer: str, scenario: Scenario) -> dict[str, Any]:

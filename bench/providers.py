@@ -169,7 +169,8 @@ def _describe_routes(optimizer: torch.optim.Optimizer) -> str:
     return ", ".join(f"{backend}: {count}" for backend, count in sorted(counts.items()))
 
 
-PROVIDERS: dict[str, OptimizerProvider | FloorProvider | Peer] = {
+AnyProvider = OptimizerProvider | FloorProvider | Peer
+PROVIDERS: dict[str, AnyProvider] = {
     provider.name: provider
     for provider in (
         OptimizerProvider("torch-default", "torch default", torch.optim),

@@ -67,13 +67,19 @@ class Workload:
         """Number of parameters, counted as elements."""
         return sum(math.prod(shape) for shape in self.shapes)
 
+    @property
+    def group(self) -> str:
+        """What it is shown under: its family, or itself."""
+        return self.family or self.name
+
     def scaled(self, scale: float) -> Workload:
         """The same model with `scale` times its blocks, at least one; itself if it has none."""
         depth = max(1, round(self.depth * scale))
         if self.deepen is None or depth == self.depth:
             return self
         summary = f"{self.summary}, {depth} of its {self.depth} blocks"
-        return replace(self, summary=summary, shapes=self.deepen(depth))
+        name = f"{self.name}-{depth}-blocks"  # no result may be taken for the whole model's
+        return replace(self, name=name, summary=summary, shapes=self.deepen(depth), standard=False)
 
 
 def binary(number: int) -> str:
@@ -163,7 +169,7 @@ WORKLOADS: dict[str, Workload] = {
 
 def choices() -> list[str]:
     """What ``--workloads`` accepts: a family by its one name."""
-    return list(dict.fromkeys(workload.family or name for name, workload in WORKLOADS.items()))
+    return list(dict.fromkeys(workload.group for workload in WORKLOADS.values()))
 
 
 def members(name: str) -> list[str]:
