@@ -93,13 +93,8 @@ def latest(figures: Sequence[Figure]) -> list[Figure]:
 
 def front_table(figures: Sequence[Figure]) -> str:
     """README's table: milliseconds of torch's steps, fusedopt's and the floor."""
-    heads = (
-        "workload",
-        "optimizer",
-        *map(title_of, COLUMNS),
-        "% of floor",
-        "best torch / fusedopt",
-    )
+    heads = ["workload", "optimizer", *map(title_of, COLUMNS), "% of floor"]
+    heads.append("best torch / fusedopt")
     text = line([*heads, "machine, versions, date"])
     text += rule(2, len(heads) - 2).rstrip("\n") + "---|\n"
     rows: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[str, Figure]] = {}
@@ -135,7 +130,8 @@ def full_tables(figures: Sequence[Figure]) -> str:
         for workload in dict.fromkeys(f.workload for f in found):
             shown = [f for f in found if f.workload == workload]
             on_gpu = any(f.device_us is not None for f in shown)
-            text += f"### {workload}: {shown[0].tensors:,} tensors, {shown[0].elements:,} parameters\n\n"
+            size = f"{shown[0].tensors:,} tensors, {shown[0].elements:,} parameters"
+            text += f"### {workload}: {size}\n\n"
             extra = ("launches", "host us", "device us") if on_gpu else ()
             text += line([*heads, *extra, "machine, versions, date"])
             text += rule(3, len(heads) - 3 + len(extra)).rstrip("\n") + "---|\n"

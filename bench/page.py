@@ -96,11 +96,8 @@ def draw(figures: Sequence[Figure], prefix: str = "") -> list[Picture]:
 
 def cell(text: str, style: str = "") -> str:
     """A table cell."""
-    return (
-        f'<td class="{style}">{html.escape(text)}</td>'
-        if style
-        else f"<td>{html.escape(text)}</td>"
-    )
+    attribute = f' class="{style}"' if style else ""
+    return f"<td{attribute}>{html.escape(text)}</td>"
 
 
 def table(caption: str, heads: Sequence[str], rows: Sequence[str], style: str = "") -> str:

@@ -26,7 +26,7 @@ ABSENT = "-"
 
 # Columns the widest table takes. A narrower terminal breaks its lines, which loses nothing; rich
 # would cut off the figures instead.
-WIDTH = 104
+WIDTH = 112
 
 
 def make_console() -> Console:

@@ -39,7 +39,7 @@ class Figure:
         ms_p80: 80th percentile.
         ns_per_parameter: of the median.
         gb_per_second: bytes that have to be moved, over the median.
-        percent_of_floor: the floor's median over this one's; above 100 is within its noise.
+        percent_of_floor: the floor's time over this one's, median over rounds.
         baseline: whom it is compared with.
         times_faster: than the baseline, median over rounds.
         times_faster_p20: 20th percentile.
@@ -108,9 +108,8 @@ def load(path: Path) -> list[Figure]:
         rows = rows_of(content)
         found = [figure for row in rows for figure in figures_of(row, content["machine"])]
     except (AttributeError, KeyError, TypeError) as error:
-        raise ResultError(
-            f"{path} is no result file: {error!r}; wanted: one of step --json"
-        ) from None
+        why = f"{path} is no result file: {error!r}"
+        raise ResultError(f"{why}; wanted: a file of step --json") from None
     if not found:
         raise ResultError(f"{path} has no rows of the step job; wanted: a file of step --json")
     return found
@@ -153,7 +152,7 @@ def figures_of(row: dict[str, Any], machine: dict[str, Any]) -> list[Figure]:
                 ms=ms, ms_p20=stats["p20"], ms_p80=stats["p80"],
                 ns_per_parameter=ms * 1e6 / row["elements"],
                 gb_per_second=moved * row["elements"] / (ms * 1e6),
-                percent_of_floor=100 * times[FLOOR]["median"] / ms if FLOOR in times else None,
+                percent_of_floor=_percent_of_floor(row, name),
                 baseline=row.get("baseline", "torch-best"),
                 times_faster=ratio.get("median"), times_faster_p20=ratio.get("p20"),
                 times_faster_p80=ratio.get("p80"),
@@ -164,6 +163,16 @@ def figures_of(row: dict[str, Any], machine: dict[str, Any]) -> list[Figure]:
             )
         )  # fmt: skip
     return found
+
+
+def _percent_of_floor(row: dict[str, Any], name: str) -> float | None:
+    """The floor's time over the provider's; a GPU check has medians alone."""
+    times = row["step_ms"]
+    if FLOOR not in times:
+        return None
+    known = row.get("floor_over", {}).get(name)
+    ratio: float = known["median"] if known else times[FLOOR]["median"] / times[name]["median"]
+    return 100 * ratio
 
 
 def _faster(row: dict[str, Any], name: str) -> dict[str, float]:

@@ -114,14 +114,13 @@ class Session:
         self.say(f"Loss curves: {path}")
 
     def step(self, tasks: list[step.Task]) -> None:
-        """Checks arithmetic, measures memory and times the steps; shows a workload once it is done."""
+        """Checks arithmetic, measures memory, times the steps; shows each workload once done."""
         options = self.options
         threads = options.threads or torch.get_num_threads()
         weighed = self.weighed(tasks)
         runs = [name for name in options.providers if name != step.FLOOR]
-        total = (
-            len(runs) * (bool(weighed) + (not options.skip_parity)) + len(tasks) * options.rounds
-        )
+        before = len(options.providers) * (not options.skip_parity) + len(runs) * bool(weighed)
+        total = before + len(tasks) * options.rounds
         self.say(
             f"\nTiming the bare step, {counted(options.rounds, 'round')}, round-robin in one "
             f"process, {counted(threads, 'thread')}; before that, arithmetic and memory"

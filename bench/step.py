@@ -138,6 +138,11 @@ class Row:
                 for name in self.race.seconds
                 if (ratio := self.times_faster(name))
             },
+            "floor_over": {
+                name: asdict(ratio)
+                for name in self.race.seconds
+                if (ratio := self.ratio(FLOOR, name))
+            },
             "parity": {name: found.to_json() for name, found in self.parity.items()},
             "peak_bytes": self.peak_bytes,
             "seen": self.seen,

@@ -68,9 +68,8 @@ def _cells(row: step.Row, name: str, on_gpu: bool) -> list[str]:
         _percent_of_floor(row, name),
     ]
     faster = row.times_faster(name)
-    cells += (
-        [f"{x:.2f}x" for x in (faster.median, faster.p20, faster.p80)] if faster else [ABSENT] * 3
-    )
+    spread = (faster.median, faster.p20, faster.p80) if faster else ()
+    cells += [f"{ratio:.2f}x" for ratio in spread] or [ABSENT] * 3
     peak = row.peak_bytes.get(name)
     cells.append(ABSENT if peak is None else f"{peak / 1e6:,.1f}")
     if on_gpu:
@@ -118,7 +117,7 @@ def step_notes(rows: Sequence[step.Row]) -> list[str]:
     notes: list[str] = []
     slow: dict[str, dict[str, None]] = {}  # by provider, the workloads, in order
     for row in rows:
-        notes += [f"{PROVIDERS[name].title}: {why}" for name, why in row.unavailable.items()]
+        notes += [_because(name, why) for name, why in row.unavailable.items()]
         for name, times in row.race.seconds.items():
             if row.race.stats(name).rounds < len(times):
                 slow.setdefault(PROVIDERS[name].title, {})[row.workload.name] = None
@@ -133,10 +132,16 @@ def step_notes(rows: Sequence[step.Row]) -> list[str]:
 
 STEP_LEGEND = (
     "arithmetic: of torch.optim in float64, within rounding; GB/s: of the bytes that have to be "
-    "moved; % of floor: 100 is memory speed, the time of moving the same bytes without maths; times "
-    "faster: than {baseline}; memory: peak above parameters and gradients, in a fresh process. "
-    "Ratios are medians over rounds, p20 and p80 their spread."
+    "moved; % of floor: 100 is memory speed, the time of moving the same bytes without maths; "
+    "times faster: than {baseline}; memory: peak above parameters and gradients, in a fresh "
+    "process. Ratios are medians over rounds, p20 and p80 their spread."
 )
+
+
+def _because(name: str, why: str) -> str:
+    """Why a provider did not run, with its name."""
+    title = PROVIDERS[name].title
+    return why if why.startswith(title) else f"{title}: {why}"
 
 
 def step_legend(baseline: str) -> str:
@@ -151,6 +156,8 @@ def step_summary(rows: Sequence[step.Row]) -> str:
     optimizer = "AdamW" if "AdamW" in names else names[0]
     parts = []
     for row in rows:
+        if row.workload.family and len(rows) > 1:
+            continue  # its table says it better
         if row.task.optimizer != optimizer or row.task.dtype != rows[0].task.dtype:
             continue
         said = []
@@ -187,8 +194,8 @@ def parity_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What the columns are, and who could not be compared."""
     most = ", ".join(f"{bound:.0f} in {str(dtype)[6:]}" for dtype, bound in parity.SAME.items())
     notes = [
-        "from zeros: without decay, in ulps of the update; with decay: from normal weights, in ulps "
-        f"of the weight and its update. The arithmetic is the same up to {most}."
+        "from zeros: without decay, in ulps of the update; with decay: from normal weights, in "
+        f"ulps of the weight and its update. The arithmetic is the same up to {most}."
     ]
     return notes + [f"{row['who']}, {row['optimizer']}: {row['error']}"
                     for row in rows if row["error"]]  # fmt: skip
