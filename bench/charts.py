@@ -35,6 +35,7 @@ class Theme:
         paper: background.
         ink: text and axes.
         faint: grid lines.
+        floor: the band that the floor is in sweeps.
         ours: fusedopt's bars and lines.
         torch: torch's.
         others: other libraries'.
@@ -43,6 +44,7 @@ class Theme:
     paper: str
     ink: str
     faint: str
+    floor: str
     ours: str
     torch: str
     others: str
@@ -55,8 +57,8 @@ class Theme:
 
 
 THEMES = {
-    "light": Theme("#ffffff", "#1a1a1a", "#e3e3e3", "#d55e00", "#0072b2", "#999999"),
-    "dark": Theme("#16181d", "#e8e8e8", "#3a3d44", "#e69f00", "#56b4e9", "#8a8f98"),
+    "light": Theme("#ffffff", "#1a1a1a", "#e8e8e8", "#cfd2d6", "#d55e00", "#0072b2", "#858585"),
+    "dark": Theme("#16181d", "#e8e8e8", "#2c2f36", "#4a4e57", "#e69f00", "#56b4e9", "#9aa0aa"),
 }
 # Of the lines of one family, which colours do not tell apart.
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 3)))
@@ -98,13 +100,19 @@ def _panels(
     return canvas, panels[:count]
 
 
-def _headline(canvas: Canvas, title: str, below: str, theme: Theme) -> None:
+def _headline(canvas: Canvas, title: str, below: str, shown: Figure, theme: Theme) -> None:
     """What is seen, and where it is from."""
+    told = [
+        f"{below} {shown.machine}",
+        f"torch {shown.torch}, fusedopt {shown.fusedopt}; {shown.date}",
+    ]
     height = canvas.get_figheight()
     canvas.text(0.012, 1 - 0.27 / height, title, color=theme.ink, fontsize=13, fontweight="bold",
                 va="center")  # fmt: skip
-    canvas.text(0.012, 1 - 0.52 / height, below, color=theme.ink, fontsize=9, va="center")
-    canvas.tight_layout(rect=(0, 0, 1, 1 - 0.65 / height))
+    for place, text in enumerate(told):
+        canvas.text(0.012, 1 - (0.55 + 0.2 * place) / height, text, color=theme.ink, fontsize=9,
+                    va="center")  # fmt: skip
+    canvas.tight_layout(rect=(0, 0, 1, 1 - 0.85 / height))
 
 
 def source(figure: Figure) -> str:
@@ -139,7 +147,7 @@ def draw_times(figures: Sequence[Figure], theme: Theme) -> bytes:
     for axes, (name, found) in zip(panels, workloads.items(), strict=True):
         ranked = sorted((f for f in found if f.provider != FLOOR), key=lambda f: -f.ms)
         labels = [
-            f"{_number(f.ms)} ms" + (f"   {f.times_faster:.2g}x" if f.times_faster else "")
+            f"{_number(f.ms)} ms" + (f"   {_number(f.times_faster)}x" if f.times_faster else "")
             for f in ranked
         ]
         _bars(axes, ranked, [f.ms for f in ranked], labels, theme)
@@ -150,9 +158,9 @@ def draw_times(figures: Sequence[Figure], theme: Theme) -> bytes:
                           textcoords="offset points", color=theme.ink, va="center")  # fmt: skip
         axes.set_xlabel("milliseconds a step", color=theme.ink, fontsize=9)
         axes.set_title(_verdict(name, found), color=theme.ink, fontsize=10.5, loc="left")
-    compared = f"times as fast as {against(figures[0].baseline)}"
-    _headline(canvas, f"{label(figures[0])}: time of optimizer.step(), shorter is better "
-              f"(x: {compared})", source(figures[0]), theme)  # fmt: skip
+    compared = f"x: times as fast as {against(figures[0].baseline)}."
+    title = f"{label(figures[0])}: time of a step, shorter is better"
+    _headline(canvas, title, compared, figures[0], theme)
     return png(canvas)
 
 
@@ -165,17 +173,18 @@ def _verdict(workload: str, found: Sequence[Figure]) -> str:
     """A panel's title: what it shows, in a sentence."""
     tensors = f"{found[0].tensors:,} tensor{'s' * (found[0].tensors > 1)}"
     ours = next((f for f in found if f.provider == CANDIDATE), None)
-    size = f"{workload} ({tensors}, {found[0].elements / 1e6:.3g}M parameters)"
+    size = f"{workload} ({tensors})"
     if ours is None or ours.times_faster is None:
         return size
-    return f"{size}: fusedopt {faster(ours.times_faster)}"
+    whom = against(ours.baseline).removesuffix(" step")
+    return f"{size}: fusedopt {faster(ours.times_faster)} {whom}"
 
 
 def faster(ratio: float) -> str:
     """How a time compares, in words."""
     if 0.95 < ratio < 1.05:
-        return "as fast"
-    return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+        return "as fast as"
+    return f"{ratio:.1f}x faster than" if ratio >= 1 else f"{1 / ratio:.1f}x slower than"
 
 
 def _number(value: float) -> str:
@@ -211,8 +220,8 @@ def draw_sweep(figures: Sequence[Figure], theme: Theme) -> bytes:
         shown = [f for f in figures if label(f) == kind]
         _lines(axes, shown, theme)
         axes.set_title(kind, color=theme.ink, fontsize=10.5, loc="left")
-    _headline(canvas, "Bandwidth of a step on one tensor against its size, higher is better",
-              source(figures[0]), theme)  # fmt: skip
+    _headline(canvas, "Bandwidth of a step, by size of its tensor: higher is better",
+              "The floor moves the same bytes without maths.", figures[0], theme)  # fmt: skip
     return png(canvas)
 
 
@@ -224,7 +233,7 @@ def _lines(axes: Axes, figures: Sequence[Figure], theme: Theme) -> None:
         points = sorted((f.elements, f.gb_per_second) for f in figures if f.provider == name)
         colour = theme.colour(name)
         if name == FLOOR:
-            axes.plot(*zip(*points, strict=True), color=theme.faint, linewidth=9, zorder=1,
+            axes.plot(*zip(*points, strict=True), color=theme.floor, linewidth=9, zorder=1,
                       solid_capstyle="round")  # fmt: skip
             colour = theme.ink
         else:
@@ -245,17 +254,25 @@ def _lines(axes: Axes, figures: Sequence[Figure], theme: Theme) -> None:
     axes.set_xlabel("elements of the tensor", color=theme.ink, fontsize=9)
     axes.set_ylabel("GB/s", color=theme.ink, fontsize=9)
     axes.grid(True, color=theme.faint, linewidth=0.8)
-    low, high = (math.log10(edge) for edge in axes.get_ylim())
-    gap = (high - low) * 0.062
-    placed: list[float] = []
-    for value, title, colour in sorted(ends):
-        place = max(math.log10(value), placed[-1] + gap if placed else low)
-        placed.append(place)
+    places = spread([value for value, *_ in sorted(ends)], axes.get_ylim())
+    for (value, title, colour), place in zip(sorted(ends), places, strict=True):
         bold = "bold" if title == title_of(CANDIDATE) else "normal"
-        axes.annotate(title, (sizes[-1], value), (sizes[-1] * 1.5, 10**place), va="center",
-                      fontsize=8.5, color=colour, fontweight=bold, annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
-                      )  # fmt: skip
+        axes.annotate(title, (sizes[-1] * 1.7, 10**place), va="center", fontsize=8.5,
+                      color=colour, fontweight=bold, annotation_clip=False)  # fmt: skip
+        axes.plot([sizes[-1], sizes[-1] * 1.6], [value, 10**place], color=colour, linewidth=0.5)
+
+
+def spread(values: Sequence[float], limits: tuple[float, float]) -> list[float]:
+    """Where ascending labels go, in the logarithm: near their values, none on another."""
+    low, high = (math.log10(edge) for edge in limits)
+    gap = (high - low) * 0.064
+    placed: list[float] = []
+    for value in values:
+        placed.append(max(math.log10(value), placed[-1] + gap if placed else low))
+    for index in range(len(placed) - 1, -1, -1):
+        ceiling = placed[index + 1] - gap if index + 1 < len(placed) else high - gap / 2
+        placed[index] = min(placed[index], ceiling)
+    return placed
 
 
 def draw_memory(figures: Sequence[Figure], theme: Theme) -> bytes:
@@ -273,8 +290,8 @@ def draw_memory(figures: Sequence[Figure], theme: Theme) -> bytes:
         axes.set_xlabel("megabytes above parameters and gradients", color=theme.ink, fontsize=9)
         axes.set_title(f"{name} ({found[0].elements / 1e6:.3g}M parameters)", color=theme.ink,
                        fontsize=10.5, loc="left")  # fmt: skip
-    _headline(canvas, f"{label(figures[0])}: peak memory of a step, each in a fresh process, "
-              "shorter is better", source(figures[0]), theme)  # fmt: skip
+    _headline(canvas, f"{label(figures[0])}: peak memory of a step, shorter is better",
+              "Each in a fresh process; states are in it.", figures[0], theme)  # fmt: skip
     return png(canvas)
 
 

@@ -45,6 +45,8 @@ def update(files: Sequence[Path]) -> list[Path]:
     """Keeps the files, writes both pages anew, and returns what was written."""
     if not PAGE.is_file():
         raise ResultError(f"--update-docs: there is no {PAGE}; wanted: to run in a checkout")
+    for path in (README, PAGE):
+        replaced(path.read_text(), "")  # both have their markers, before anything is written
     kept = [keep(path) for path in files if path.resolve().parent != RESULTS]
     figures = committed()
     for path, text in ((README, front_table(figures)), (PAGE, full_tables(figures))):
