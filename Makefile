@@ -13,7 +13,7 @@ BUILT := $(VENV)/.built
 SANITIZED := build/cpp-sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help build bench test test-long test-cpp lint format clean check-python
+.PHONY: help build bench bench-peers bench-docs test test-long test-cpp lint format clean check-python
 ifeq ($(wildcard fusedopt/_build_info.py),)
 .PHONY: $(BUILT)
 endif
@@ -27,6 +27,20 @@ build: $(BUILT) ## build the extension in place
 
 bench: $(BUILT) ## train real networks, time the step; tables and pictures in build/bench
 	$(PY) -m fusedopt.bench $(BENCH_ARGS)
+
+# Without their dependencies: no library may bring another torch, or a CUDA build of it. What else
+# they need, and does not depend on torch, comes first.
+PEERS_NEED := einops hjson msgpack psutil py-cpuinfo pydantic tqdm
+bench-peers: $(BUILT) ## install the libraries that the step is compared with, as far as they install
+	-$(PY) -m pip install --quiet --disable-pip-version-check $(PEERS_NEED)
+	@grep -v '^#' requirements-peers.txt | while read -r peer; do \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps "$$peer" || \
+	    echo "bench-peers: $$peer does not install (pip says why, above); going on without it"; \
+	done
+	$(PY) -m fusedopt.bench list
+
+bench-docs: $(BUILT) ## write the tables of README.md and docs/benchmarks.md from bench/results
+	$(PY) -m fusedopt.bench report --update-docs $(BENCH_ARGS)
 
 test: $(BUILT) ## the tests that are not slow
 	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)

@@ -1,6 +1,7 @@
 """The race's entrants: real models, other libraries, and whether they do the same arithmetic."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_scale_takes_away_blocks_and_changes_the_name():
 def test_the_sweep_is_geometric_and_asked_for_by_one_name():
     sizes = [WORKLOADS[name].elements for name in workloads.members("sweep")]
     assert (sizes[0], sizes[-1]) == (2**10, 2**30)
-    assert {b // a for a, b in zip(sizes, sizes[1:], strict=False)} == {4}
+    assert {b // a for a, b in pairwise(sizes)} == {4}
     assert "sweep" in workloads.choices()
     assert "sweep-1K" not in workloads.choices()
 
@@ -141,9 +142,7 @@ def test_wrong_arithmetic_shows(wrong, found, dtype):
 def test_torch_and_fusedopt_do_the_same_arithmetic(name, optimizer):
     provider = providers.PROVIDERS[name]
     for dtype in (torch.float32, torch.float64):
-        told = parity.check(
-            lambda p, **kw: provider.optimizer(optimizer, p, **kw), optimizer, dtype
-        )
+        told = parity.check(partial(provider.optimizer, optimizer), optimizer, dtype)
         assert told.same
         assert set(told.ulps) == {"from zeros", "with decay"}
         assert told.worst < 8
@@ -179,19 +178,14 @@ def test_an_installed_peer_does_its_share_or_says_why(peer):
         pytest.skip("it compiles for minutes; `fusedopt.bench list` tries it")
     for optimizer in peer.classes:
         assert peer.unavailable(optimizer) == ""
-        told = parity.check(
-            lambda p, name=optimizer, **kw: peer.optimizer(name, p, **kw), optimizer
-        )
+        told = parity.check(partial(peer.optimizer, optimizer), optimizer)
         assert told.ulps["from zeros"] < parity.SAME[torch.float32]
 
 
 def test_an_absent_or_broken_library_is_a_reason_and_no_error(tmp_path, monkeypatch):
     broken = {"AdamW": ("broken_library.AdamW", {})}
     absent = peers.Peer("absent", "Absent", "no_such_library", broken)
-    assert (
-        absent.unavailable("AdamW")
-        == "no_such_library is not installed; make bench-peers installs it"
-    )
+    assert absent.unavailable("AdamW").startswith("no_such_library is not installed; make bench")
     (tmp_path / "broken_library.py").write_text("raise OSError('libcuda.so is missing')")
     monkeypatch.syspath_prepend(tmp_path)
     peer = peers.Peer("broken", "Broken", "broken_library", broken)
@@ -204,7 +198,7 @@ def test_an_absent_or_broken_library_is_a_reason_and_no_error(tmp_path, monkeypa
 
 def test_a_peer_is_told_torchs_defaults(tmp_path, monkeypatch):
     (tmp_path / "eager_library.py").write_text(
-        "import torch\nclass Adam:\n    def __init__(self, params, lr, eps=1, betas=2, flag=True):\n"
+        "class Adam:\n    def __init__(self, params, lr, eps=1, betas=2, flag=True):\n"
         "        self.told = (lr, eps, betas, flag)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -5,17 +5,16 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from fusedopt.bench import __main__ as cli
-from fusedopt.bench import results
-
 for needed in ("rich", "matplotlib"):
     pytest.importorskip(needed, reason="fusedopt.bench needs it")
 
-from fusedopt.bench import charts, documents, page
+from fusedopt.bench import __main__ as cli  # noqa: E402  # what they need is there
+from fusedopt.bench import charts, documents, page, results  # noqa: E402
 
 MACHINE = {"date": "2026-01-02T03:04:05+00:00", "gpu": None, "cpu": "A <processor>", "torch": "9.9",
            "fusedopt": "0.1", "git_revision": "abc1234"}  # fmt: skip
@@ -92,11 +91,8 @@ GPU_CHECK = {
 def test_figures_are_derived_from_the_row(result):
     figures = results.load(result)
     ours = figures[0]
-    assert (ours.workload, ours.provider, ours.machine) == (
-        "many",
-        "fusedopt",
-        "A <processor>, 2 threads",
-    )
+    assert (ours.workload, ours.provider) == ("many", "fusedopt")
+    assert ours.machine == "A <processor>, 2 threads"
     assert ours.ns_per_parameter == pytest.approx(1e6 / 4_096_000)
     assert ours.gb_per_second == pytest.approx(28 * 4_096_000 / 1e6)
     assert ours.percent_of_floor == pytest.approx(80)
@@ -173,15 +169,12 @@ def test_runs_without_a_common_row_are_not_compared(result, tmp_path, capsys):
     assert "no row in common" in capsys.readouterr().err
 
 
-def test_the_step_job_has_the_same_gate(tmp_path, capsys):
+def test_the_step_job_has_the_same_gate(monkeypatch, capsys):
     arguments = ["--workloads", "sweep", "--optimizers", "SGD", "--rounds", "1", "--skip-parity"]
     arguments += ["--providers", "torch-default,fusedopt", "--memory", "none"]
-    cli.machine.available_memory, kept = (lambda device: 1_000_000), cli.machine.available_memory
-    try:
-        assert cli.main(["step", *arguments, "--fail-below", "0"]) == 0
-        assert cli.main(["step", *arguments, "--fail-below", "1e9"]) == 1
-    finally:
-        cli.machine.available_memory = kept
+    monkeypatch.setattr(cli.machine, "available_memory", lambda device: 1_000_000)
+    assert cli.main(["step", *arguments, "--fail-below", "0"]) == 0
+    assert cli.main(["step", *arguments, "--fail-below", "1e9"]) == 1
     assert "Below 1000000000.0: sweep-1K, SGD float32" in capsys.readouterr().out
 
 
@@ -190,7 +183,7 @@ def test_the_step_job_has_the_same_gate(tmp_path, capsys):
 
 def test_labels_never_lie_on_each_other():
     placed = charts.spread([1.0, 1.001, 1.002, 90.0, 99.0], (0.1, 100.0))
-    gaps = [b - a for a, b in zip(placed, placed[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(placed)]
     assert min(gaps) >= 0.19
     assert placed[-1] < 2
 
@@ -200,7 +193,8 @@ def test_every_run_has_its_pictures(result, tmp_path):
     out = tmp_path / "out"
     assert cli.main(["report", str(result), str(check), "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {
-        "report.html", "1-times-AdamW.png", "1-memory-AdamW.png", "1-sweep.png", "2-times-AdamW.png",
+        "report.html", "1-times-AdamW.png", "1-memory-AdamW.png", "1-sweep.png",
+        "2-times-AdamW.png",
     }  # fmt: skip
     for path in out.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -260,8 +254,8 @@ def test_a_browser_shows_tables_and_pictures_without_complaint(result, tmp_path,
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to open the page with")
 def test_the_browser_would_say_what_is_wrong(tmp_path):
     broken = tmp_path / "broken.html"
-    broken.write_text('<body><img src="data:image/png;base64,AAAA"><script>nonsense()</script></body>'
-                      .replace("</body>", PROBE))  # fmt: skip
+    body = '<body><img src="data:image/png;base64,AAAA"><script>nonsense()</script></body>'
+    broken.write_text(body.replace("</body>", PROBE))
     done = browse(broken.as_uri(), tmp_path / "profile", "--dump-dom")
     assert "CONSOLE" in done.stderr
     assert 'data-probe="1|true|' in done.stdout
