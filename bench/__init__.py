@@ -16,8 +16,8 @@ Modules, in the order data takes:
 
 * ``optimizers``: which optimizers there are and the settings they run with;
 * ``architectures`` and ``workloads``: named lists of parameter shapes;
-* ``contestant``, ``peers`` and ``providers``: who can take a step: torch, other libraries, fusedopt,
-  the traffic floor;
+* ``contestant``, ``peers`` and ``providers``: who can take a step: torch, other libraries,
+  fusedopt, the traffic floor;
 * ``parity``, ``memory`` and ``device``: whether it is the same arithmetic, and what a step takes
   beside time;
 * ``timing``: a round-robin race between steps, medians, per-round ratios;

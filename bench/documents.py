@@ -20,6 +20,7 @@ RESULTS = ROOT / "bench" / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BEGIN = "<!-- written by `make bench-docs`: edits are lost -->"
 END = "<!-- end of what `make bench-docs` writes -->"
+NOTHING = "No result file has been kept yet.\n"
 # What the front page has room for.
 FRONT = ("huge", "gpt2", "many", "tiny", "billion", "swarm", "thousand")
 COLUMNS = ("torch-default", "torch-foreach", "torch-fused", CANDIDATE, FLOOR)
@@ -97,6 +98,8 @@ def front_table(figures: Sequence[Figure]) -> str:
     """README's table: milliseconds of torch's steps, fusedopt's and the floor."""
     heads = ["workload", "optimizer", *map(title_of, COLUMNS), "% of floor"]
     heads.append("best torch / fusedopt")
+    if not figures:
+        return NOTHING
     text = line([*heads, "machine, versions, date"])
     text += rule(2, len(heads) - 2).rstrip("\n") + "---|\n"
     rows: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[str, Figure]] = {}
@@ -138,7 +141,7 @@ def full_tables(figures: Sequence[Figure]) -> str:
             text += line([*heads, *extra, "machine, versions, date"])
             text += rule(3, len(heads) - 3 + len(extra)).rstrip("\n") + "---|\n"
             text += "".join(line([*_cells(f, on_gpu), where(f)]) for f in shown) + "\n"
-    return text.rstrip("\n") + "\n"
+    return text.rstrip("\n") + "\n" if text else NOTHING
 
 
 def _cells(f: Figure, on_gpu: bool) -> list[str]:

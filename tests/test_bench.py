@@ -303,6 +303,7 @@ def test_bound_on_curves_and_accuracy(whole_run, drift, accuracy, failures):
 def test_step_records_every_provider(tmp_path):
     arguments = ["--workloads", "tiny", "--rounds", "3", "--optimizers", "AdamW,RMSprop"]
     arguments += ["--providers", "torch-default,torch-foreach,torch-fused,fusedopt,floor"]
+    arguments += ["--memory", "none"]
     done = bench("step", *arguments, "--json", "result.json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "torch fused: torch.optim.RMSprop has no fused step" in done.stdout
@@ -317,11 +318,7 @@ def test_step_records_every_provider(tmp_path):
     assert adamw["bytes_per_parameter"] == 28
     assert set(adamw["baseline_over"]) == set(adamw["floor_over"]) == usual
     assert all(adamw["parity"][name]["same"] for name in usual - {"floor"})
-    assert set(adamw["peak_bytes"]) == usual - {"floor"}
-    # Two states of four bytes, and what the objects around 5,000 tensors take.
-    assert 2 * 4 * 320_000 <= adamw["peak_bytes"]["fusedopt"] < 100e6
-    assert rmsprop["peak_bytes"] == {}  # one optimizer's is measured
-    assert adamw["details"] == {"fusedopt": "cpu: 5000"}
+    assert adamw["peak_bytes"] == rmsprop["peak_bytes"] == {}
     assert set(rmsprop["step_ms"]) == usual - {"torch-fused"}
     assert set(rmsprop["unavailable"]) == {"torch-fused"}
     assert set(adamw["ratios"]) == {
