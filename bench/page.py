@@ -23,7 +23,7 @@ p.source, caption, footer { color: var(--soft); font-size: 0.87rem; }
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: 0.3rem; }
+caption { text-align: left; padding-bottom: 0.3rem; white-space: nowrap; }
 th, td { padding: 0.15rem 0.6rem; text-align: right; border-bottom: 1px solid var(--faint); }
 th:first-child, td:first-child { text-align: left; }
 tr.ours td { background: var(--ours); font-weight: 600; }

@@ -127,7 +127,8 @@ def rows_of(content: dict[str, Any]) -> list[dict[str, Any]]:
 def machine_name(row: dict[str, Any], machine: dict[str, Any]) -> str:
     """Processor or GPU of a row, with its threads where these take the steps."""
     if row.get("device") == "cpu":
-        return f"{machine['cpu']}, {row['threads']} threads"
+        threads = row["threads"]
+        return f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}"
     return str(machine.get("device") or machine["gpu"])
 
 
