@@ -197,7 +197,7 @@ def test_wrong_arguments_stop_before_any_work(arguments: list[str], said: str, t
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch, capsys):
     monkeypatch.setitem(cli.NEEDS, "no_such_module", "no-such-package")
     with pytest.raises(SystemExit) as stop:
-        cli.main(["train"])
+        cli.main([])
     assert stop.value.code == 2
     assert "python -m pip install no-such-package" in capsys.readouterr().err
 
