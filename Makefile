@@ -16,7 +16,8 @@ EXAMPLES := $(patsubst %,examples/%.py, \
   convergence surfaces digits_race schedules sgd_parameters custom_rule)
 
 .DEFAULT_GOAL := help
-.PHONY: help build bench examples test test-long test-cpp lint format clean check-python
+.PHONY: help build bench bench-peers bench-docs examples test test-long test-cpp lint format clean
+.PHONY: check-python
 ifeq ($(wildcard fusedopt/_build_info.py),)
 .PHONY: $(BUILT)
 endif
@@ -35,6 +36,19 @@ examples: $(BUILT) ## run the examples; their pictures in build/examples
 	@set -e; for script in $(EXAMPLES); do \
 	  echo "== $$script"; $(PY) $$script --out build/examples $(EXAMPLE_ARGS); \
 	done
+# Without their dependencies: no library may bring another torch, or a CUDA build of it. What else
+# they need, and does not depend on torch, comes first.
+PEERS_NEED := einops hjson msgpack psutil py-cpuinfo pydantic tqdm
+bench-peers: $(BUILT) ## install the libraries that the step is compared with, as far as they install
+	-$(PY) -m pip install --quiet --disable-pip-version-check $(PEERS_NEED)
+	@grep -v '^#' requirements-peers.txt | while read -r peer; do \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps "$$peer" || \
+	    echo "bench-peers: $$peer does not install (pip says why, above); going on without it"; \
+	done
+	$(PY) -m fusedopt.bench list
+
+bench-docs: $(BUILT) ## write the tables of README.md and docs/benchmarks.md from bench/results
+	$(PY) -m fusedopt.bench report --update-docs $(BENCH_ARGS)
 
 test: $(BUILT) ## the tests that are not slow
 	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)

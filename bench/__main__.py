@@ -1,8 +1,9 @@
-"""Command line of the benchmark: ``python -m fusedopt.bench [train | step | pipeline] [options]``.
+"""Command line of the benchmark: ``python -m fusedopt.bench [JOB] [options]``.
 
-Without a subcommand the first two jobs run; that is the project's main job, ``make bench``. Every
+Without a job, training and the bare step run; that is the project's main job, ``make bench``. Every
 argument is checked before any work starts. Exit codes: 0, all is well; 1, fusedopt did not train as
-torch.optim does; 2, an argument is wrong; 130, interrupted (what was measured is printed).
+torch.optim does, or is slower than ``--fail-below`` allows; 2, an argument is wrong; 130,
+interrupted (what was measured is printed).
 """
 
 from __future__ import annotations
@@ -10,211 +11,103 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
-
-import torch
 
 from fusedopt.backends import backend_for
 
-from . import machine, optimizers, pipeline, step, timing, train, workloads
-from .providers import PROVIDERS
+from . import check, machine, pipeline, providers, showing, step, workloads
+from .options import STANDARD, add_common, add_pipeline, add_step, add_train
 
-COMMANDS = ("train", "step", "pipeline")
-DEFAULT_OUT = "build/bench"
-STANDARD = [name for name, workload in workloads.WORKLOADS.items() if workload.standard]
-# What has options: a parser or a group of one.
-Options = argparse.ArgumentParser | argparse._ArgumentGroup
 Task = TypeVar("Task", step.Task, pipeline.Task)
 
 NEEDS = {"rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-DESCRIPTIONS = {
-    None: "Subcommands: train (loss curves beside torch.optim's), step (time of the bare step), "
-    "pipeline (time of the step with unscaling, clipping, averaging and clearing); each has its "
-    "own --help. Without one, train and step run.",
-    "train": "Trains on handwritten digits through torch.optim and fusedopt and compares the two.",
-    "step": "Times the bare optimizer step against torch's own and against the traffic floor.",
-    "pipeline": "Times what a training loop does around the step (unscale, clip, average, zero): "
-    "torch's chain of passes against fusedopt's one call and its traffic floor.",
-}
 EXIT_BOUND, EXIT_INTERRUPTED = 1, 130
 
 
-def one_of(what: str, accepted: Iterable[str]) -> Callable[[str], list[str]]:
-    """Parser of a comma-separated list of names; ``all`` stands for every one of them."""
-    wanted = list(accepted)
+@dataclass(frozen=True)
+class Job:
+    """A subcommand.
 
-    def parse(text: str) -> list[str]:
-        names = wanted if text == "all" else [name.strip() for name in text.split(",")]
-        for name in names:
-            if name not in wanted:
-                raise argparse.ArgumentTypeError(
-                    f"unknown {what} {name!r}; wanted: a comma-separated list of "
-                    f"{', '.join(wanted)}, or all"
-                )
-        return list(dict.fromkeys(names))
+    Attributes:
+        summary: what it does, for ``--help``.
+        add: adds its options.
+        needs: modules it needs beyond fusedopt's own.
+        run: does it, given its checked options, and returns the exit code; None for the jobs that
+            share a session: `main` runs these.
+    """
 
-    return parse
-
-
-def at_least(minimum: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:
-    """Parser of a number that is not smaller than `minimum`."""
-    noun = "a whole number" if kind is int else "a number"
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not value >= minimum:
-            raise argparse.ArgumentTypeError(f"got {text!r}; wanted: {noun}, at least {minimum}")
-        return value
-
-    return parse
+    summary: str
+    add: Callable[[argparse.ArgumentParser], None]
+    needs: tuple[str, ...]
+    run: Callable[[argparse.ArgumentParser, argparse.Namespace], int] | None = None
 
 
-def directory(text: str) -> Path:
-    """Parser of a directory that can be written to; it is made if it is not there."""
-    path = Path(text)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"cannot write to {text!r} ({error.strerror}); wanted: a directory; "
-            "name one that you may write to"
-        ) from None
-    return path
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add_common(parser, "all")
+    add_train(parser.add_argument_group("training"))
 
 
-def file(text: str) -> Path:
-    """Parser of a file that can be written."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a directory; wanted: the name of a file")
-    directory(str(path.parent))
-    return path
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    add_common(parser, "all")
+    add_step(parser.add_argument_group("timing the step"))
+
+
+def _add_pipeline(parser: argparse.ArgumentParser) -> None:
+    add_common(parser, ["AdamW"])
+    add_pipeline(parser.add_argument_group("timing the step and what is around it"))
+
+
+JOBS: dict[str, Job] = {
+    "train": Job(
+        "Trains on handwritten digits through torch.optim and fusedopt and compares the two.",
+        _add_train, ("rich", "sklearn", "matplotlib"),
+    ),
+    "step": Job(
+        "Times the bare optimizer step against torch's, other libraries' and the traffic floor.",
+        _add_step, ("rich",),
+    ),
+    "pipeline": Job(
+        "Times what a training loop does around the step (unscale, clip, average, zero): torch's "
+        "chain of passes against fusedopt's one call and its traffic floor.",
+        _add_pipeline, ("rich", "matplotlib"),
+    ),
+    "parity": Job(
+        "Compares steps with torch.optim's in float64: errors in ulps of the update.",
+        check.add_options, ("rich",), check.run,
+    ),
+    "report": Job(
+        "Turns result files into a page, pictures and tables; compares two.",
+        showing.add_options, ("rich", "matplotlib"), showing.run,
+    ),
+    "list": Job(
+        "Lists workloads and providers, and why a provider cannot run here.",
+        check.add_list_options, ("rich",), check.run_list,
+    ),
+}  # fmt: skip
 
 
 def make_parser(command: str | None) -> argparse.ArgumentParser:
-    """Parser of one subcommand's options, or of train's and step's when `command` is None."""
+    """Parser of one job's options, or of train's and step's when `command` is None."""
+    listed = "; ".join(f"{name}: {job.summary}" for name, job in JOBS.items())
     parser = argparse.ArgumentParser(
         prog="python -m fusedopt.bench" + (f" {command}" if command else ""),
-        description=DESCRIPTIONS[command],
+        description=JOBS[command].summary
+        if command
+        else f"Without a job, train and step run. Jobs, each with its own --help: {listed}",
     )
-    add_common(parser, ["AdamW"] if command == "pipeline" else "all")
-    if command in (None, "train"):
-        add_train(parser.add_argument_group("training"))
-    if command in (None, "step"):
+    if command:
+        JOBS[command].add(parser)
+    else:
+        _add_train(parser)
         add_step(parser.add_argument_group("timing the step"))
-    if command == "pipeline":
-        add_pipeline(parser.add_argument_group("timing the step and what is around it"))
     return parser
-
-
-def add_names(
-    group: Options,
-    flag: str,
-    what: str,
-    accepted: Iterable[str],
-    default: str | list[str] = "all",
-) -> None:
-    """Adds an option that takes names; absent, it is those in `default`, or all, or None."""
-    names = list(accepted)
-    text = default if isinstance(default, str) else ", ".join(default)
-    group.add_argument(
-        flag,
-        type=one_of(what, names),
-        default=None if isinstance(default, str) and default != "all" else text.replace(" ", ""),
-        metavar="LIST",
-        help=f"all, or a comma-separated list of {', '.join(names)} (default: {text})",
-    )
-
-
-def add_number(group: Options, flag: str, minimum: int, default: int, text: str) -> None:
-    """Adds an option that takes a whole number."""
-    help_text = f"{text} (default: {default})"
-    group.add_argument(flag, type=at_least(minimum), default=default, metavar="N", help=help_text)
-
-
-def add_common(parser: argparse.ArgumentParser, default: str | list[str]) -> None:
-    """Adds the options of every job; `default` are its optimizers."""
-    add_names(parser, "--optimizers", "optimizer", optimizers.names(), default)
-    parser.add_argument(
-        "--threads",
-        type=at_least(1),
-        metavar="N",
-        help="threads torch and fusedopt use (default: 1 to train, as the networks are small; "
-        f"torch's choice, {torch.get_num_threads()} here, to time the step)",
-    )
-    help_text = "write everything measured to this file"
-    parser.add_argument("--json", type=file, metavar="FILE", help=help_text)
-
-
-def add_train(group: Options) -> None:
-    """Adds the options of the digits job."""
-    add_names(group, "--models", "model", train.MODELS)
-    add_number(group, "--epochs", 1, 30, "passes over the training images")
-    add_number(group, "--seed", 0, 0, "of the initial weights and the order of the batches")
-    add_out(group, "loss_curves.png")
-
-
-def add_out(group: Options, picture: str) -> None:
-    """Adds the folder of a job's picture."""
-    group.add_argument(
-        "--out",
-        type=directory,
-        default=DEFAULT_OUT,
-        metavar="DIR",
-        help=f"where {picture} goes (default: {DEFAULT_OUT})",
-    )
-
-
-def add_step(group: Options) -> None:
-    """Adds the options of the step job."""
-    add_race(group, STANDARD, "a step")
-    usual = [name for name, provider in PROVIDERS.items() if provider.default]
-    add_names(group, "--providers", "provider", PROVIDERS, usual)
-    default = "float32, and on huge and many also AdamW in bfloat16"
-    add_names(group, "--dtype", "dtype", step.DTYPES, default)
-
-
-def add_pipeline(group: Options) -> None:
-    """Adds the options of the pipeline job."""
-    add_race(group, pipeline.STANDARD, "a chain or call")
-    add_names(group, "--chains", "chain", pipeline.CHAINS)
-    add_out(group, "pipeline.png")
-
-
-def add_race(group: Options, standard: Sequence[str], what: str) -> None:
-    """Adds the options of a job that times `what`, on the workloads `standard` by default."""
-    # None, not the names: what is asked for by name and does not fit into memory is an error.
-    default = f"of {', '.join(standard)} those that fit into memory"
-    add_names(group, "--workloads", "workload", workloads.WORKLOADS, default)
-    group.add_argument(
-        "--device",
-        choices=machine.devices(),
-        default="cpu",
-        help="where the tensors are (default: cpu)",
-    )
-    add_number(group, "--rounds", 1, 15, f"how often {what} is timed")
-    group.add_argument(
-        "--seconds",
-        type=at_least(0, float),
-        default=2.5,
-        metavar="S",
-        help=f"{what} that would take longer than this over all rounds of a row sits some out, but "
-        f"not below {timing.MIN_ROUNDS} (default: 2.5)",
-    )
 
 
 def check_needs(parser: argparse.ArgumentParser, command: str | None) -> None:
     """Stops if a package of the jobs is missing; they are no dependencies of fusedopt itself."""
-    needs = {"step": ["rich"], "pipeline": ["rich", "matplotlib"]}
-    modules = needs.get(command or "", list(NEEDS))
+    modules = JOBS[command].needs if command else tuple(NEEDS)
     missing = [NEEDS[name] for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         parser.error(
@@ -222,13 +115,42 @@ def check_needs(parser: argparse.ArgumentParser, command: str | None) -> None:
         )
 
 
+def named_workloads(options: argparse.Namespace, standard: Sequence[str]) -> list[str]:
+    """The workloads asked for, those of this command line alone added to the table."""
+    asked = options.workloads or ([] if options.model else standard)
+    own = [] if options.model is None else [options.model]
+    for name in [member for family in asked for member in workloads.members(family)]:
+        own.append(workloads.WORKLOADS[name].scaled(options.scale))
+    workloads.WORKLOADS.update({workload.name: workload for workload in own})
+    return [workload.name for workload in own]
+
+
+def check_providers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Stops if a provider that was asked for by name has no step for any of the optimizers."""
+    if set(options.providers) == set(providers.PROVIDERS):
+        return  # all: those that there are
+    for name in options.providers:
+        reasons = {
+            providers.PROVIDERS[name].unavailable(optimizer, step.DTYPES[dtype], options.device)
+            for optimizer in options.optimizers
+            for dtype in options.dtype or ["float32"]
+        }
+        if "" not in reasons:
+            parser.error(f"argument --providers: {name}: {sorted(reasons)[0]}")
+
+
 def plan_step(
     parser: argparse.ArgumentParser, options: argparse.Namespace
 ) -> tuple[list[step.Task], list[str]]:
     """The rows of the step job that fit into memory, and a note on each workload that does not."""
-    tasks = step.plan_tasks(
-        options.workloads or STANDARD, options.optimizers, options.dtype, options.device
-    )
+    if options.providers is None:
+        options.providers = providers.usual(options.device)
+    else:
+        check_providers(parser, options)
+    if options.baseline not in (step.BEST, *options.providers):
+        parser.error(f"argument --baseline: {options.baseline} is not among the providers")
+    names = named_workloads(options, STANDARD)
+    tasks = step.plan_tasks(names, options.optimizers, options.dtype, options.device)
     needed = {task: task.memory(options.providers) for task in tasks}
     return check_memory(parser, options, needed, "fewer providers or optimizers")
 
@@ -242,9 +164,8 @@ def plan_pipeline(
             f"argument --device: fusedopt has no kernels for {options.device} here; "
             "python -m fusedopt says why"
         )
-    tasks = pipeline.plan_tasks(
-        options.workloads or pipeline.STANDARD, options.chains, options.optimizers, options.device
-    )
+    names = named_workloads(options, pipeline.STANDARD)
+    tasks = pipeline.plan_tasks(names, options.chains, options.optimizers, options.device)
     needed = {task: task.memory() for task in tasks}
     return check_memory(parser, options, needed, "smaller workloads")
 
@@ -263,28 +184,32 @@ def check_memory(
     if available is None:
         return list(needed), []
     short = {task.workload: bytes for task, bytes in needed.items() if bytes > 0.9 * available}
+    # A sweep goes as far as memory does.
+    refused = [name for name in short if not workloads.WORKLOADS[name].family]
     notes = [
         f"workload {name} needs {bytes / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are "
         f"available; ask for {remedy}"
         for name, bytes in short.items()
     ]
-    if notes and options.workloads:
-        parser.error(f"argument --workloads: {notes[0]}")
+    if refused and (options.workloads or options.model):
+        parser.error(f"argument --workloads: {notes[list(short).index(refused[0])]}")
     return [task for task in needed if task.workload not in short], notes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    command = arguments[0] if arguments and arguments[0] in JOBS else None
     parser = make_parser(command)
     if command is None and arguments and not arguments[0].startswith("-"):
         parser.error(
-            f"unknown subcommand {arguments[0]!r}; wanted: {', '.join(COMMANDS)}, or none for the "
+            f"unknown subcommand {arguments[0]!r}; wanted: {', '.join(JOBS)}, or none for the "
             "first two"
         )
     options = parser.parse_args(arguments[1:] if command else arguments)
     check_needs(parser, command)
+    if command and (run := JOBS[command].run):
+        return run(parser, options)
     steps: list[step.Task] = []
     chains: list[pipeline.Task] = []
     skipped: list[str] = []
@@ -310,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         session.finish(complete=False)
         return EXIT_INTERRUPTED
     session.finish(complete=True)
-    return EXIT_BOUND if session.failed else 0
+    return EXIT_BOUND if session.failed or session.slow_rows() else 0
 
 
 if __name__ == "__main__":

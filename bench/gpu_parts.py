@@ -22,8 +22,10 @@ import fusedopt
 from fusedopt._extension import _C
 
 from . import load, optimizers, pipeline, step
-from .providers import PROVIDERS, Contestant, OptimizerProvider
-from .timing import Step, time_once
+from .contestant import Contestant
+from .device import host_microseconds, look, profile
+from .providers import OWN, PROVIDERS, OptimizerProvider
+from .timing import time_once
 from .workloads import WORKLOADS
 
 Result = dict[str, Any]
@@ -60,49 +62,6 @@ SECONDS = 1.5  # that a step may take over all rounds before it sits some out
 # ---- how long a step takes -----------------------------------------------------------------------
 
 
-def nothing() -> None:
-    """What a step needs before it that leaves its gradients alone."""
-
-
-def profile(step: Step, repeats: int = 5, before: Step = nothing) -> Result:
-    """What one step does on the device: kernels, copies, and their microseconds.
-
-    With `before`, which is not to be seen, there can be but one repeat.
-    """
-    before()
-    step()
-    before()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(repeats):
-            step()
-        torch.cuda.synchronize()
-    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    copies = [event for event in events if event.name.startswith(("Memcpy", "Memset"))]
-    return {
-        "kernels": (len(events) - len(copies)) / repeats,
-        "copies": len(copies) / repeats,
-        "device_us": sum(event.device_time_total for event in events) / repeats,
-    }
-
-
-def host_microseconds(step: Step, repeats: int = 20, before: Step = nothing) -> float:
-    """Median time until a step's call returns, with an idle device before it."""
-    times = []
-    for _ in range(repeats):
-        before()
-        torch.cuda.synchronize()
-        times.append(_clock(step))
-    return statistics.median(times) * 1e6
-
-
-def _clock(step: Step) -> float:
-    start = _now()
-    step()
-    return _now() - start
-
-
 def figures(device: str, rehearse: bool) -> Iterator[Result]:
     """Times of the step beside torch's and beside a kernel of the same traffic."""
     for workload, optimizer, dtype in FIGURES:
@@ -113,10 +72,9 @@ def figures(device: str, rehearse: bool) -> Iterator[Result]:
 
         def inspect(name: str, contestant: Contestant, seen: dict[str, Result] = seen) -> None:
             if device == "cuda":
-                host = host_microseconds(contestant.step)
-                seen[name] = {**profile(contestant.step), "host_us": host}
+                seen[name] = look(contestant.step)
 
-        wanted = list(PROVIDERS)  # the Triton kernels too
+        wanted = list(OWN)  # the Triton kernels too
         if workload == "billion":  # the temporaries of foreach, torch's default on a GPU, are large
             wanted = [name for name in wanted if name not in ("torch-default", "torch-foreach")]
         step.race_row(row, gradients(row, device), wanted, 2 if rehearse else ROUNDS, SECONDS,

@@ -1,16 +1,17 @@
 """Who can take a step: one small adapter a library, which says why when it cannot.
 
 Every provider builds its own parameters (copies of the gradients, which all share) and its own
-states, takes its steps on them and drops them with the step it returned. To add one, append an
-`OptimizerProvider` that knows where the library's classes are, or a class with the same
-members, to ``PROVIDERS``.
+states, takes its steps on them and drops them with the step it returned. To add a library, add a
+`peers.Peer` to the table there; ``PROVIDERS`` has everybody: torch, fusedopt by backend and
+instruction tier, the traffic floor, and the peers.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,22 +21,9 @@ import fusedopt
 from fusedopt._extension import _C
 from fusedopt.backends import backend_for
 
-from . import optimizers
-
-Step = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A step ready to be timed.
-
-    Attributes:
-        step: takes one step.
-        detail: says afterwards how the step was taken, where there is something to say.
-    """
-
-    step: Step
-    detail: Callable[[], str] = lambda: ""
+from . import optimizers, peers
+from .contestant import Contestant, Step, race_optimizer, try_step
+from .peers import Peer
 
 
 class Provider(Protocol):
@@ -64,6 +52,9 @@ class OptimizerProvider:
         namespace: module that holds the classes under torch's names.
         keywords: what selects this provider's step, such as ``{"fused": True}``.
         default: whether it takes part where no providers are named.
+        tier: of fusedopt's CPU code, selected around each of its steps; empty for the one in use.
+        compiled: the step goes through torch.compile.
+        most_tensors: beyond so many it does not take part.
     """
 
     name: str
@@ -71,6 +62,9 @@ class OptimizerProvider:
     namespace: Any
     keywords: dict[str, Any] = field(default_factory=dict)
     default: bool = True
+    tier: str = ""
+    compiled: bool = False
+    most_tensors: float = math.inf
 
     def unavailable(
         self, optimizer: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
@@ -83,11 +77,16 @@ class OptimizerProvider:
         for keyword in self.keywords:
             if keyword not in inspect.signature(cls).parameters:
                 return f"{owner}.{optimizer} has no {keyword} step"
-        try:  # the rest only the library knows, such as devices and dtypes
-            self.build(optimizer, [torch.ones(2, dtype=dtype, device=device)]).step()
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            return f"{owner}.{optimizer}: {str(error).splitlines()[0]}"
-        return ""
+        if self.tier and (device != "cpu" or self.tier not in _C.available_tiers()):
+            return f"tier {self.tier} does not run on this machine's {device}"
+        if self.compiled:
+            return ""  # a trial would compile, for a minute; the race says what comes of it
+        reason = try_step(self, optimizer, dtype, device)
+        return f"{owner}.{optimizer}: {reason}" if reason else ""
+
+    def offers(self, optimizer: str, device: str) -> bool:
+        """Whether it may have such a step: it is not tried."""
+        return hasattr(self.namespace, optimizer)
 
     def optimizer(
         self, optimizer: str, parameters: Sequence[Any], **settings: Any
@@ -101,13 +100,14 @@ class OptimizerProvider:
         self, optimizer: str, gradients: Sequence[torch.Tensor], grouped: bool = False
     ) -> Contestant:
         """A step of `optimizer` over new parameters that have these gradients."""
-        parameters = [torch.nn.Parameter(gradient.clone()) for gradient in gradients]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        settings = optimizers.settings(optimizer).step
-        groups = [{"params": [parameter]} for parameter in parameters] if grouped else parameters
-        made = self.optimizer(optimizer, groups, lr=optimizers.STEP_LR, **settings)
-        return Contestant(made.step, lambda: _describe_routes(made))
+        made, contestant = race_optimizer(self.optimizer, optimizer, gradients, grouped)
+        step = contestant.step
+        if self.compiled:
+            torch._dynamo.reset()  # beyond a few recompilations it would fall back to eager
+            step = torch.compile(made.step)
+        if self.tier:
+            step = _in_tier(self.tier, step)
+        return Contestant(step, lambda: _describe_routes(made))
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,17 @@ class FloorProvider:
     name: str = "floor"
     title: str = "traffic floor"
     default: bool = True
+    most_tensors: float = math.inf
 
     def unavailable(
         self, optimizer: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> str:
         """Empty where the device has a backend: bytes can be moved for any optimizer and dtype."""
         return "" if backend_for(device) else f"no backend moves bytes on {device}"
+
+    def offers(self, optimizer: str, device: str) -> bool:
+        """Whether it may have such a step."""
+        return True
 
     def build(
         self, optimizer: str, gradients: Sequence[torch.Tensor], grouped: bool = False
@@ -142,6 +147,20 @@ class FloorProvider:
         return Contestant(_C.TrafficFloor(rows, backend.launcher()).run)
 
 
+def _in_tier(tier: str, step: Step) -> Step:
+    """The step, taken by another instruction tier than the process uses."""
+
+    def take() -> None:
+        usual = _C.current_tier()
+        _C.select_tier(tier)
+        try:
+            step()
+        finally:
+            _C.select_tier(usual)
+
+    return take
+
+
 def _describe_routes(optimizer: torch.optim.Optimizer) -> str:
     """Backends of a fusedopt optimizer's parameters, such as ``cpu: 148``; empty for others."""
     if not hasattr(optimizer, "routes"):
@@ -150,16 +169,56 @@ def _describe_routes(optimizer: torch.optim.Optimizer) -> str:
     return ", ".join(f"{backend}: {count}" for backend, count in sorted(counts.items()))
 
 
-PROVIDERS: dict[str, OptimizerProvider | FloorProvider] = {
+AnyProvider = OptimizerProvider | FloorProvider | Peer
+PROVIDERS: dict[str, AnyProvider] = {
     provider.name: provider
     for provider in (
         OptimizerProvider("torch-default", "torch default", torch.optim),
         OptimizerProvider("torch-foreach", "torch foreach", torch.optim, {"foreach": True}),
         OptimizerProvider("torch-fused", "torch fused", torch.optim, {"fused": True}),
-        OptimizerProvider("fusedopt", "fusedopt", fusedopt),
+        # Off by default: it unrolls the list of tensors, and compiles for minutes.
         OptimizerProvider(
-            "fusedopt-triton", "fusedopt Triton", fusedopt, {"backend": "triton"}, default=False
+            "torch-compiled", "torch compiled", torch.optim, {"foreach": True}, default=False,
+            compiled=True, most_tensors=200,
+        ),
+        *peers.PEERS,
+        OptimizerProvider("fusedopt", "fusedopt", fusedopt),
+        *(
+            OptimizerProvider(
+                f"fusedopt-{backend}", f"fusedopt {title}", fusedopt, {"backend": backend},
+                default=False,
+            )
+            for backend, title in (("cuda", "CUDA"), ("triton", "Triton"))
+        ),
+        *(
+            OptimizerProvider(
+                f"fusedopt-{tier}", f"fusedopt {tier}", fusedopt, {"backend": "cpu"},
+                default=False, tier=tier,
+            )
+            for tier in _C.built_tiers()
         ),
         FloorProvider(),
     )
-}
+}  # fmt: skip
+
+# Who is timed beside a floor and fusedopt where nobody asks for more: no peers, nobody slow.
+OWN = ("torch-default", "torch-foreach", "torch-fused", "fusedopt", "fusedopt-triton", "floor")
+
+
+def usual(device: str = "cpu") -> list[str]:
+    """Who takes part where no providers are named: those of a default, as far as installed."""
+    return [
+        name
+        for name, provider in PROVIDERS.items()
+        if provider.default
+        and not (
+            isinstance(provider, Peer)
+            and (device not in provider.devices or not provider.installed())
+        )
+    ]
+
+
+def too_many(name: str, tensors: int) -> str:
+    """Why a provider does not take part with so many tensors; empty if it does."""
+    most = PROVIDERS[name].most_tensors
+    return f"{tensors:,} tensors are more than {most:,} for it" if tensors > most else ""

@@ -1,4 +1,7 @@
-"""What the reader gets: tables, verdicts in plain words, and the result file."""
+"""What the reader gets: tables, verdicts in plain words, and the result file.
+
+The step job has its tables in `tables`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ ABSENT = "-"
 
 # Columns the widest table takes. A narrower terminal breaks its lines, which loses nothing; rich
 # would cut off the figures instead.
-WIDTH = 104
+WIDTH = 112
 
 
 def make_console() -> Console:
@@ -135,74 +138,7 @@ def train_verdict(rows: Sequence[train.Row]) -> str:
     return "\n".join([f"The bound does NOT hold ({bound}):", *(f"  {line}" for line in failures)])
 
 
-# ---- the step job ----
-
-
-def step_table(rows: Sequence[step.Row]) -> Group:
-    """The rows of one workload, a column for each provider that was asked for."""
-    workload = rows[0].workload
-    rounds = max((len(times) for row in rows for times in row.race.seconds.values()), default=0)
-    table = make_table()
-    asked = [name for name in PROVIDERS if any(_was_asked(row, name) for row in rows)]
-    for name in asked:
-        title = PROVIDERS[name].title.replace(" ", "\n")
-        add_figures(table, title, style="bold" if name == step.CANDIDATE else None)
-    add_figures(table, "fusedopt\n/ floor", "best torch\n/ fusedopt", "torch fused\n/ fusedopt")
-    for row in rows:
-        task = row.task
-        label = task.optimizer + ("" if task.dtype == "float32" else f" {task.dtype}")
-        times = [
-            milliseconds(row.race.stats(name)) if name in row.race.seconds else ABSENT
-            for name in asked
-        ]
-        ratios = [row.over_floor(), row.speedup_over_best(), row.speedup_over_fused()]
-        table.add_row(label, *times, times_factor(ratios[0], 2), *map(times_factor, ratios[1:]))
-    size = f"{workload.elements:,} elements in all"
-    title = f"{workload.name}: {workload.summary}, {size}; ms a step, median of {rounds} rounds"
-    return titled(title, table)
-
-
-def step_notes(rows: Sequence[step.Row]) -> list[str]:
-    """Why cells are empty or rounds few, and parameters that did not take fusedopt's own step."""
-    notes: list[str] = []
-    slow: dict[str, dict[str, None]] = {}  # by provider, the workloads, in order
-    for row in rows:
-        notes += [f"{PROVIDERS[name].title}: {why}" for name, why in row.unavailable.items()]
-        for name, times in row.race.seconds.items():
-            if row.race.stats(name).rounds < len(times):
-                slow.setdefault(PROVIDERS[name].title, {})[row.workload.name] = None
-        routes = row.details.get(step.CANDIDATE, "")
-        if "torch" in routes:
-            notes.append(f"fusedopt, {row.task.optimizer} {row.task.dtype}: tensors by {routes}")
-    if slow:
-        listed = "; ".join(f"{title} on {', '.join(where)}" for title, where in slow.items())
-        notes.append(f"slow, so timed in fewer rounds: {listed}")
-    return list(dict.fromkeys(notes))
-
-
-STEP_LEGEND = (
-    "fusedopt / floor: 1.00x is memory speed, the time of moving the same bytes without maths; "
-    "torch / fusedopt: how many times faster fusedopt's step is. Ratios are medians over rounds."
-)
-
-
-def step_summary(rows: Sequence[step.Row]) -> str:
-    """One sentence on the optimizer people use most, or on the first that was measured."""
-    names = [row.task.optimizer for row in rows]
-    optimizer = "AdamW" if "AdamW" in names else names[0]
-    parts = []
-    for row in rows:
-        if row.task.optimizer != optimizer or row.task.dtype != rows[0].task.dtype:
-            continue
-        said = []
-        if floor := row.over_floor():
-            said.append(f"{floor.median:.2f}x the floor")
-        against = "torch fused" if row.speedup_over_fused() else "torch's best"
-        if speedup := row.speedup_over_fused() or row.speedup_over_best():
-            said.append(f"{speed(speedup.median)} {against}")
-        if said:
-            parts.append(f"on {row.workload.name} {' and '.join(said)}")
-    return f"fusedopt's {optimizer} step: {'; '.join(parts) or 'nothing to compare it with'}."
+# ---- words and numbers ----
 
 
 def speed(ratio: float) -> str:
@@ -225,10 +161,6 @@ def three_digits(value: float) -> str:
 def times_factor(ratio: Stats | None, digits: int = 1) -> str:
     """A ratio as a table cell."""
     return f"{ratio.median:.{digits}f}x" if ratio else ABSENT
-
-
-def _was_asked(row: step.Row, name: str) -> bool:
-    return name in row.race.seconds or name in row.unavailable
 
 
 # ---- the pipeline job ----

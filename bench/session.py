@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import machine, pipeline, report, step, train
+from . import machine, memory, pipeline, report, results, step, tables, train, workloads
 
 # The networks are below the size from which torch splits most of its loops, and a second thread
 # that has to be waited for makes training on a busy machine many times slower.
@@ -114,13 +114,16 @@ class Session:
         self.say(f"Loss curves: {path}")
 
     def step(self, tasks: list[step.Task]) -> None:
-        """Times the steps; prints the table of a workload as soon as it is complete."""
+        """Checks arithmetic, measures memory, times the steps; shows each workload once done."""
         options = self.options
         threads = options.threads or torch.get_num_threads()
-        total = len(tasks) * options.rounds
+        weighed = self.weighed(tasks)
+        runs = [name for name in options.providers if name != step.FLOOR]
+        before = len(options.providers) * (not options.skip_parity) + len(runs) * bool(weighed)
+        total = before + len(tasks) * options.rounds
         self.say(
             f"\nTiming the bare step, {counted(options.rounds, 'round')}, round-robin in one "
-            f"process, {counted(threads, 'thread')}"
+            f"process, {counted(threads, 'thread')}; before that, arithmetic and memory"
         )
         shown: list[step.Row] = []
         try:
@@ -128,21 +131,51 @@ class Session:
                 use_threads(threads),
                 progress_bar(self.console, total) as advance,
             ):
+                parities = {}
+                if not options.skip_parity:
+                    parities = step.check_arithmetic(tasks, options.providers, advance)
+                peaks = memory.measure(weighed, runs, advance) if weighed else {}
                 for row in step.measure(
-                    tasks, options.providers, options.rounds, options.seconds, advance
-                ):
-                    if shown and shown[0].task.workload != row.task.workload:
-                        self.console.print(report.step_table(shown))
+                    tasks, options.providers, options.rounds, options.seconds, advance,
+                    options.baseline, peaks, parities,
+                ):  # fmt: skip
+                    if shown and shown[0].workload.group != row.workload.group:
+                        self.console.print(tables.step_tables(shown))
                         shown.clear()
                     shown.append(row)
                     self.step_rows.append(row)
         finally:
             if shown:
-                self.console.print(report.step_table(shown))
-                for note in report.step_notes(self.step_rows):
+                self.console.print(tables.step_tables(shown))
+                for note in tables.step_notes(self.step_rows):
                     self.say(note)
-                self.say(report.STEP_LEGEND)
-                self.say(report.step_summary(self.step_rows))
+                self.say(tables.step_legend(options.baseline))
+                self.say(tables.step_summary(self.step_rows))
+
+    def weighed(self, tasks: list[step.Task]) -> list[step.Task]:
+        """The tasks whose memory is measured: a fresh process takes seconds, a sweep has many."""
+        if self.options.memory == "none":
+            return []
+        names = [task.optimizer for task in tasks]
+        one = "AdamW" if "AdamW" in names else names[0]
+        return [
+            task
+            for task in tasks
+            if not workloads.WORKLOADS[task.workload].family
+            and (self.options.memory == "all" or task.optimizer == one)
+        ]
+
+    def slow_rows(self) -> list[str]:
+        """Rows of the step job that are below --fail-below, in words."""
+        bound = getattr(self.options, "fail_below", None)
+        return [] if bound is None else results.slower_than(self.figures, bound)
+
+    @property
+    def figures(self) -> list[results.Figure]:
+        """The step job, a flat record a provider and row."""
+        threads = self.options.threads or torch.get_num_threads()
+        rows = [{**row.to_json(), "threads": threads} for row in self.step_rows]
+        return [figure for row in rows for figure in results.figures_of(row, self.machine)]
 
     def pipeline(self, tasks: list[pipeline.Task]) -> None:
         """Times chains and calls; prints a workload's table once it is complete, then draws."""
@@ -214,7 +247,12 @@ class Session:
         return {"threads": threads, "rounds": options.rounds, "rows": rows}
 
     def finish(self, complete: bool) -> None:
-        """Writes the result file, if one was asked for."""
+        """Writes the result files that were asked for, and names the rows that are too slow."""
+        if path := getattr(self.options, "csv", None):
+            results.write_csv(path, self.figures)
+            self.say(f"The table: {path}")
+        for row in self.slow_rows():
+            self.say(f"Below {self.options.fail_below}: {row}")
         if self.options.json:
             content = {
                 "schema": report.SCHEMA,

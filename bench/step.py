@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from . import optimizers
-from .providers import PROVIDERS, Contestant
+from . import device, optimizers, parity
+from .contestant import Contestant
+from .providers import PROVIDERS, FloorProvider, too_many
 from .timing import Race, Stats, run_race
-from .workloads import WORKLOADS, Workload
+from .workloads import WORKLOADS, Workload, members
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -28,6 +30,11 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 FLOOR, CANDIDATE, FUSED = "floor", "fusedopt", "torch-fused"
+BEST = "torch-best"  # as a baseline: whichever of torch's steps is the fastest in a row
+
+
+# By provider, optimizer and dtype.
+Parities = dict[tuple[str, str, str], parity.Parity]
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,13 @@ class Task:
         elements = WORKLOADS[self.workload].elements
         # A copy of the parameters and the states for each provider, the gradients once, and two
         # temporary lists of that size inside torch's foreach step.
-        arrays = len(providers) * (1 + optimizers.count_states(self.optimizer)) + 1 + 2
+        runs = [name for name in providers if PROVIDERS[name].offers(self.optimizer, self.device)]
+        arrays = len(runs) * (1 + optimizers.count_states(self.optimizer)) + 1 + 2
         return elements * DTYPES[self.dtype].itemsize * arrays
+
+    def bytes_per_parameter(self) -> int:
+        """What a step has to move: it reads all of them and writes all but the gradient."""
+        return DTYPES[self.dtype].itemsize * (3 + 2 * optimizers.count_states(self.optimizer))
 
 
 @dataclass
@@ -57,12 +69,20 @@ class Row:
         race: times by provider and round.
         unavailable: by provider that did not run, the reason.
         details: by provider, how it took its steps, where it says so.
+        parity: by provider, whether it does torch's arithmetic.
+        peak_bytes: by provider, memory above parameters and gradients.
+        seen: by provider, what its step does on a GPU, and its host time.
+        baseline: whom the others are compared with: a provider, or ``BEST``.
     """
 
     task: Task
     race: Race = field(default_factory=Race)
     unavailable: dict[str, str] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
+    parity: dict[str, parity.Parity] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, dict[str, Any]] = field(default_factory=dict)
+    baseline: str = BEST
 
     @property
     def workload(self) -> Workload:
@@ -92,6 +112,10 @@ class Row:
         """Torch's fused step over fusedopt's."""
         return self.ratio(FUSED, CANDIDATE)
 
+    def times_faster(self, name: str) -> Stats | None:
+        """How many times faster than the baseline a provider is, round by round."""
+        return self.ratio(self.best_torch() if self.baseline == BEST else self.baseline, name)
+
     def to_json(self) -> dict[str, Any]:
         """Everything measured, as it stands in the result file; times in milliseconds."""
         ratios = {
@@ -106,7 +130,22 @@ class Row:
             "step_ms": {
                 name: asdict(self.race.stats(name).scaled(1e3)) for name in self.race.seconds
             },
+            "bytes_per_parameter": self.task.bytes_per_parameter(),
             "ratios": {name: asdict(ratio) for name, ratio in ratios.items() if ratio},
+            "baseline": self.baseline,
+            "baseline_over": {
+                name: asdict(ratio)
+                for name in self.race.seconds
+                if (ratio := self.times_faster(name))
+            },
+            "floor_over": {
+                name: asdict(ratio)
+                for name in self.race.seconds
+                if (ratio := self.ratio(FLOOR, name))
+            },
+            "parity": {name: found.to_json() for name, found in self.parity.items()},
+            "peak_bytes": self.peak_bytes,
+            "seen": self.seen,
             "best_torch": self.best_torch(),
             "unavailable": self.unavailable,
             "details": self.details,
@@ -123,13 +162,13 @@ def plan_tasks(
     """The rows to measure, workload by workload.
 
     Args:
-        workloads: names in ``WORKLOADS``.
+        workloads: names in ``WORKLOADS``, or of families of them.
         names: names of optimizers.
         dtypes: names in ``DTYPES``; None for float32, and AdamW in bfloat16 where bytes decide.
         device: as torch names it.
     """
     tasks = []
-    for workload in workloads:
+    for workload in [member for name in workloads for member in members(name)]:
         for dtype in dtypes or ["float32"]:
             tasks += [Task(workload, optimizer, dtype, device) for optimizer in names]
         if dtypes is None and workload in ("huge", "many") and "AdamW" in names:
@@ -143,6 +182,9 @@ def measure(
     rounds: int,
     seconds: float,
     on_round: Callable[[str], None] = lambda label: None,
+    baseline: str = BEST,
+    peaks: Mapping[Task, dict[str, int]] | None = None,
+    parities: Parities | None = None,
 ) -> Iterator[Row]:
     """Times every task and yields its row; an interrupt yields the unfinished row first.
 
@@ -152,6 +194,9 @@ def measure(
         rounds: rounds of a row.
         seconds: what one provider may take of a row's time before it sits rounds out.
         on_round: called before each round with a label, to move a progress bar.
+        baseline: whom the others are compared with.
+        peaks: memory by task and provider, where it was measured.
+        parities: by provider, optimizer, dtype and device, where arithmetic was checked.
     """
     gradients: list[torch.Tensor] = []
     made_for: tuple[str, str] | None = None
@@ -162,14 +207,40 @@ def measure(
                 make_gradients(WORKLOADS[task.workload], DTYPES[task.dtype], task.device)
             )
             made_for = (task.workload, task.dtype)
-        row = Row(task)
+        row = Row(task, baseline=baseline, peak_bytes=(peaks or {}).get(task, {}))
+        for name in providers:
+            if found := (parities or {}).get((name, task.optimizer, task.dtype)):
+                row.parity[name] = found
+
+        def inspect(name: str, contestant: Contestant, row: Row = row) -> None:
+            if row.task.device == "cuda":
+                row.seen[name] = device.look(contestant.step)
+
         try:
-            race_row(row, gradients, providers, rounds, seconds, on_round)
+            race_row(row, gradients, providers, rounds, seconds, on_round, inspect)
         except KeyboardInterrupt:
             if row.race.seconds:
                 yield row
             raise
         yield row
+
+
+def check_arithmetic(
+    tasks: Sequence[Task], providers: Sequence[str], advance: Callable[[str], None]
+) -> Parities:
+    """Checks whom the tasks need; who is not available or only moves bytes has no entry."""
+    found: Parities = {}
+    kinds = dict.fromkeys((task.optimizer, task.dtype, task.device) for task in tasks)
+    for name in providers:
+        advance(f"arithmetic / {name}")
+        provider = PROVIDERS[name]
+        if isinstance(provider, FloorProvider):
+            continue
+        for optimizer, dtype, where in kinds:
+            if not provider.unavailable(optimizer, DTYPES[dtype], where):
+                maker = partial(provider.optimizer, optimizer)
+                found[name, optimizer, dtype] = parity.check(maker, optimizer, DTYPES[dtype], where)
+    return found
 
 
 def race_row(
@@ -184,7 +255,9 @@ def race_row(
     """Builds the contestants of one row, races them, lets `inspect` see each and drops them."""
     task, contestants = row.task, {}
     for name in providers:
-        reason = PROVIDERS[name].unavailable(task.optimizer, DTYPES[task.dtype], task.device)
+        reason = too_many(name, len(row.workload.shapes)) or PROVIDERS[name].unavailable(
+            task.optimizer, DTYPES[task.dtype], task.device
+        )
         if reason:
             row.unavailable[name] = reason
         else:

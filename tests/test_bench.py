@@ -17,7 +17,6 @@ import torch
 import fusedopt
 from fusedopt.bench import __main__ as cli
 from fusedopt.bench import machine, optimizers, picture, pipeline, step, timing, train
-from fusedopt.bench.providers import PROVIDERS
 from fusedopt.bench.workloads import WORKLOADS, Workload
 
 for needed in ("rich", "matplotlib", "sklearn"):
@@ -150,10 +149,25 @@ def test_ratios_pair_the_rounds_both_ran_in():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["stepp"], "unknown subcommand 'stepp'; wanted: train, step, pipeline, or none"),
+        (
+            ["stepp"],
+            "unknown subcommand 'stepp'; wanted: train, step, pipeline, parity, report",
+        ),
         (["step", "--workloads", "gpt3"], "--workloads: unknown workload 'gpt3'; wanted: a comma"),
         (["step", "--optimizers", "AdamW,Lamb"], "--optimizers: unknown optimizer 'Lamb'"),
-        (["step", "--providers", "apex"], "--providers: unknown provider 'apex'"),
+        (["step", "--providers", "adam++"], "--providers: unknown provider 'adam++'"),
+        (["step", "--providers", "apex"], "--providers: apex: apex is not installed; its README"),
+        (["step", "--baseline", "apex"], "--baseline: apex is not among the providers"),
+        (["step", "--baseline", "adam++"], "--baseline: invalid choice: 'adam++'"),
+        (["step", "--model", "json"], "--model: got 'json'; wanted: module:factory"),
+        (["step", "--model", "json:loads"], "--model: 'json:loads': TypeError"),
+        (["step", "--scale", "0"], "--scale: got '0'; wanted: a number above 0, at most 1"),
+        (["step", "--csv", "{file}/result.csv"], "--csv: cannot write to"),
+        (["parity", "no_such:Adam"], "cannot import 'no_such:Adam' (ModuleNotFoundError"),
+        (["parity", "collections:OrderedDict"], "torch.optim has no OrderedDict"),
+        (["report"], "the following arguments are required: FILE"),
+        (["report", "{file}"], "wanted: a file of step --json"),
+        (["report", "{file}", "--out", "{file}/plots"], "--out: cannot write to"),
         (["step", "--dtype", "int8"], "--dtype: unknown dtype 'int8'"),
         (["train", "--models", "resnet"], "--models: unknown model 'resnet'"),
         (["step", "--rounds", "0"], "--rounds: got '0'; wanted: a whole number, at least 1"),
@@ -183,7 +197,7 @@ def test_wrong_arguments_stop_before_any_work(arguments: list[str], said: str, t
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch, capsys):
     monkeypatch.setitem(cli.NEEDS, "no_such_module", "no-such-package")
     with pytest.raises(SystemExit) as stop:
-        cli.main(["train"])
+        cli.main([])
     assert stop.value.code == 2
     assert "python -m pip install no-such-package" in capsys.readouterr().err
 
@@ -196,6 +210,7 @@ def test_a_workload_that_does_not_fit_is_refused_or_left_out(monkeypatch, tmp_pa
     assert "workload gpt2 needs" in capsys.readouterr().err
     result = tmp_path / "result.json"
     options = ["--optimizers", "SGD", "--providers", "fusedopt,floor", "--rounds", "1"]
+    options += ["--memory", "none", "--skip-parity"]
     assert cli.main(["step", *options, "--json", str(result)]) == 0  # nobody asked for it by name
     assert "Left out: workload huge needs" in capsys.readouterr().out
     assert [row["workload"] for row in json.loads(result.read_text())["step"]["rows"]] == ["tiny"]
@@ -287,6 +302,8 @@ def test_bound_on_curves_and_accuracy(whole_run, drift, accuracy, failures):
 
 def test_step_records_every_provider(tmp_path):
     arguments = ["--workloads", "tiny", "--rounds", "3", "--optimizers", "AdamW,RMSprop"]
+    arguments += ["--providers", "torch-default,torch-foreach,torch-fused,fusedopt,floor"]
+    arguments += ["--memory", "none"]
     done = bench("step", *arguments, "--json", "result.json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "torch fused: torch.optim.RMSprop has no fused step" in done.stdout
@@ -295,10 +312,13 @@ def test_step_records_every_provider(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     adamw, rmsprop = result["step"]["rows"]
     assert (adamw["workload"], adamw["tensors"], adamw["elements"]) == ("tiny", 5000, 320_000)
-    usual = {name for name, provider in PROVIDERS.items() if provider.default}
+    usual = {"torch-default", "torch-foreach", "torch-fused", "fusedopt", "floor"}
     assert set(adamw["step_ms"]) == usual
     assert adamw["unavailable"] == {}
-    assert adamw["details"] == {"fusedopt": "cpu: 5000"}
+    assert adamw["bytes_per_parameter"] == 28
+    assert set(adamw["baseline_over"]) == set(adamw["floor_over"]) == usual
+    assert all(adamw["parity"][name]["same"] for name in usual - {"floor"})
+    assert adamw["peak_bytes"] == rmsprop["peak_bytes"] == {}
     assert set(rmsprop["step_ms"]) == usual - {"torch-fused"}
     assert set(rmsprop["unavailable"]) == {"torch-fused"}
     assert set(adamw["ratios"]) == {
@@ -329,6 +349,7 @@ def test_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(step, "run_race", interrupted)
     result = tmp_path / "result.json"
     arguments = ["step", "--workloads", "tiny", "--optimizers", "SGD", "--json", str(result)]
+    arguments += ["--memory", "none", "--providers", "torch-fused,fusedopt,floor"]
     assert cli.main(arguments) == cli.EXIT_INTERRUPTED
     said = capsys.readouterr().out
     assert "tiny: 5,000 tensors" in said

@@ -1,0 +1,88 @@
+"""Parameter shapes of real networks, written out from their papers and original code.
+
+No framework that builds these models is needed to time an optimizer on them. Order and shapes are
+those of the models' own ``parameters()``; the totals are the published ones.
+"""
+
+from __future__ import annotations
+
+Shape = tuple[int, ...]
+
+
+def gpt2(width: int = 768, depth: int = 12) -> tuple[Shape, ...]:
+    """GPT-2 in the order of the original model (Radford et al., 2019).
+
+    The output projection shares the token embedding's tensor, so it is not listed again.
+
+    Args:
+        width: size of the residual stream; 768 in the 124M model.
+        depth: number of transformer blocks; 12 in the 124M model.
+    """
+    vocabulary, context = 50257, 1024
+    block: list[Shape] = [
+        (width,), (width,),  # ln_1 weight, bias
+        (width, 3 * width), (3 * width,),  # attn.c_attn
+        (width, width), (width,),  # attn.c_proj
+        (width,), (width,),  # ln_2
+        (width, 4 * width), (4 * width,),  # mlp.c_fc
+        (4 * width, width), (width,),  # mlp.c_proj
+    ]  # fmt: skip
+    return ((vocabulary, width), (context, width), *(block * depth), (width,), (width,))
+
+
+def resnet50() -> tuple[Shape, ...]:
+    """ResNet-50 for ImageNet (He et al., 2015): every convolution is followed by a batch norm."""
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            outputs = 4 * width
+            convolutions = [(width, inputs, 1, 1), (width, width, 3, 3), (outputs, width, 1, 1)]
+            if block == 0:  # the shortcut changes its size
+                convolutions.append((outputs, inputs, 1, 1))
+            for convolution in convolutions:
+                shapes += [convolution, (convolution[0],), (convolution[0],)]
+            inputs = outputs
+    return (*shapes, (1000, 2048), (1000,))
+
+
+def bert(width: int = 768, depth: int = 12) -> tuple[Shape, ...]:
+    """BERT (Devlin et al., 2018), uncased, with its pooler and without a head."""
+    vocabulary, positions, kinds = 30522, 512, 2
+    norm: list[Shape] = [(width,), (width,)]
+    dense: list[Shape] = [(width, width), (width,)]
+    block = [
+        *(dense * 4), *norm,  # query, key, value, output
+        (4 * width, width), (4 * width,), (width, 4 * width), (width,), *norm,
+    ]  # fmt: skip
+    embeddings: list[Shape] = [(vocabulary, width), (positions, width), (kinds, width), *norm]
+    return (*embeddings, *(block * depth), *dense)
+
+
+def vit(width: int = 1024, depth: int = 24, patch: int = 16) -> tuple[Shape, ...]:
+    """Vision transformer for 224 x 224 images and ImageNet's classes (Dosovitskiy et al., 2020)."""
+    tokens = (224 // patch) ** 2 + 1
+    norm: list[Shape] = [(width,), (width,)]
+    block = [
+        *norm, (3 * width, width), (3 * width,), (width, width), (width,),
+        *norm, (4 * width, width), (4 * width,), (width, 4 * width), (width,),
+    ]  # fmt: skip
+    stem: list[Shape] = [(1, 1, width), (width, 3, patch, patch), (width,), (1, tokens, width)]
+    return (*stem, *(block * depth), *norm, (1000, width), (1000,))
+
+
+def llama3(width: int = 4096, depth: int = 32) -> tuple[Shape, ...]:
+    """Llama 3 (Grattafiori et al., 2024): grouped queries, no biases, an output of its own.
+
+    Args:
+        width: size of the residual stream; 4,096 in the 8B model.
+        depth: number of transformer blocks; 32 in the 8B model.
+    """
+    vocabulary, key_heads, head, hidden = 128_256, 8, 128, 14_336
+    grouped = key_heads * head
+    block: list[Shape] = [
+        (width, width), (grouped, width), (grouped, width), (width, width),  # q, k, v, o
+        (hidden, width), (hidden, width), (width, hidden),  # gate, up, down
+        (width,), (width,),  # the two norms
+    ]  # fmt: skip
+    return ((vocabulary, width), *(block * depth), (width,), (vocabulary, width))
