@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from fusedopt.backends import backend_for
 
-from . import check, machine, pipeline, providers, showing, step, workloads
+from . import check, loading, machine, pipeline, providers, showing, step, workloads
 from .options import STANDARD, add_common, add_pipeline, add_step, add_train
 
 Task = TypeVar("Task", step.Task, pipeline.Task)
@@ -72,6 +72,10 @@ JOBS: dict[str, Job] = {
         "Times what a training loop does around the step (unscale, clip, average, zero): torch's "
         "chain of passes against fusedopt's one call and its traffic floor.",
         _add_pipeline, ("rich", "matplotlib"),
+    ),
+    "load": Job(
+        "Times what feeds a loop: DataLoader, torchdata, a plain loop, TensorLoader, a memcpy.",
+        loading.add_options, ("rich",), loading.run,
     ),
     "parity": Job(
         "Compares steps with torch.optim's in float64: errors in ulps of the update.",

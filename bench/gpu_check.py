@@ -396,7 +396,7 @@ def show(result: dict[str, Any]) -> None:
         console.print(table)
     show_pipeline(console, result)
     if loads := result["parts"].get("load", {}).get("rows", []):
-        from fusedopt.bench.load import transfer_table  # measured, so it is built by now
+        from fusedopt.bench.loading import transfer_table  # measured, so it is built by now
 
         console.print(transfer_table(loads))
     table = columns("promises", ("promise", "wanted"), ("measured", ""))

@@ -15,7 +15,6 @@ from timeit import default_timer
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from fusedopt.data import DevicePrefetcher, TensorLoader
 
@@ -115,7 +114,7 @@ class Repeated:
             yield self.tensor
 
 
-def transfer(mib: int, rounds: int = 9) -> dict[str, Any]:
+def transfer(mib: int, rounds: int = 5) -> dict[str, Any]:
     """Bytes a second of batches on their way to the GPU, beside a memcpy; and what hides of it."""
     bytes_each = mib * MIB
     pinned = torch.zeros(bytes_each, dtype=torch.uint8).pin_memory()
@@ -199,53 +198,3 @@ def host_microseconds(loader: Any) -> float:
         times.append(default_timer() - start)
     iterator.close()
     return statistics.median(times) * 1e6
-
-
-# ---- the command ---------------------------------------------------------------------------------
-
-
-def table(row: Row) -> Table:
-    """Samples and bytes a second, and the factor by which ours is faster."""
-    work = row.work
-    title = (
-        f"{work.name}: {work.summary}, {work.batch_size} a batch ({work.batch_bytes / 1e6:.2g} MB)"
-    )
-    told = Table("feed", title=title)
-    for head in ("ms an epoch", "samples/s", "GB/s", "TensorLoader is"):
-        told.add_column(head, justify="right")
-    for name in row.race.seconds:
-        seconds, ratio = row.race.stats(name).median, row.ratio(name)
-        faster = "" if name == CANDIDATE or ratio is None else f"{ratio.median:.2f} times as fast"
-        told.add_row(
-            FEEDS[name].title, f"{seconds * 1e3:.1f}", f"{work.rows / seconds:,.0f}",
-            f"{work.epoch_bytes / seconds / 1e9:.2f}", faster,
-            style="bold" if name == CANDIDATE else None,
-        )  # fmt: skip
-    return told
-
-
-def transfer_table(rows: list[dict[str, Any]]) -> Table:
-    """The way to the GPU, by size of a batch."""
-    told = Table("MiB a batch", title="the way to the GPU, medians")
-    for head in ("memcpy GB/s", "DevicePrefetcher GB/s", "of memcpy", "TensorLoader GB/s",
-                 "of memcpy", "hidden behind a kernel", "host us a batch"):  # fmt: skip
-        told.add_column(head, justify="right")
-    for row in rows:
-        rate = row["bytes_per_second"]
-        told.add_row(
-            str(row["batch_mib"]), f"{rate['memcpy'] / 1e9:.1f}", f"{rate['prefetcher'] / 1e9:.1f}",
-            f"{row['prefetcher_over_memcpy']['median']:.0%}", f"{rate['loader'] / 1e9:.1f}",
-            f"{row['loader_over_memcpy']:.0%}", f"{row['hidden']['median']:.0%}",
-            f"{row['host_us']:.0f}",
-        )  # fmt: skip
-    return told
-
-
-def notes(rows: list[Row]) -> list[str]:
-    """What did not run, and why; what the columns mean."""
-    missing = {FEEDS[n].title: why for row in rows for n, why in row.unavailable.items()}
-    return [
-        *(f"{title} did not run: {why}" for title, why in missing.items()),
-        "Medians; samples/s and GB/s count what arrives, rows and labels; the last column is of "
-        "epochs of the same round. memcpy floor: the same bytes, not gathered, into one buffer.",
-    ]
