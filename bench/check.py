@@ -114,8 +114,10 @@ def availability(device: str) -> list[tuple[providers.AnyProvider, list[str], li
     """By provider: the optimizers it steps on `device`, and why it does not step the others."""
     found = []
     for provider in providers.PROVIDERS.values():
+        # Without the optimizer's name: one reason for all is said once.
         reasons = {
-            name: provider.unavailable(name, torch.float32, device) for name in optimizers.names()
+            name: provider.unavailable(name, torch.float32, device).replace(f".{name}:", ":")
+            for name in optimizers.names()
         }
         able: Sequence[str] = [name for name, reason in reasons.items() if not reason]
         found.append((provider, list(able), list(dict.fromkeys(filter(None, reasons.values())))))

@@ -107,13 +107,12 @@ def front_table(figures: Sequence[Figure]) -> str:
         if figure.workload in FRONT:
             rows.setdefault((figure.run, figure.row), {})[figure.provider] = figure
     for found in rows.values():
-        if CANDIDATE not in found:
+        if CANDIDATE not in found or found[CANDIDATE].baseline != "torch-best":
             continue
         ours = found[CANDIDATE]
-        torchs = [f.ms for name, f in found.items() if name.startswith("torch-")]
         times = [f"{found[name].ms:.3g}" if name in found else "-" for name in COLUMNS]
         share = "-" if ours.percent_of_floor is None else f"{ours.percent_of_floor:.0f}"
-        best = f"{min(torchs) / ours.ms:.1f}" if torchs else "-"
+        best = f"{ours.times_faster:.1f}" if ours.times_faster else "-"
         text += line([ours.workload, label(ours), *times, share, best, where(ours)])
     return text
 

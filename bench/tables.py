@@ -73,10 +73,17 @@ def _cells(row: step.Row, name: str, on_gpu: bool) -> list[str]:
     peak = row.peak_bytes.get(name)
     cells.append(ABSENT if peak is None else f"{peak / 1e6:,.1f}")
     if on_gpu:
-        seen = row.seen[name]
-        launches = seen["kernels"] + seen["copies"]
-        cells += [f"{launches:.0f}", f"{seen['host_us']:.1f}", f"{seen['device_us']:.1f}"]
+        cells += _on_gpu(row, name)
     return cells
+
+
+def _on_gpu(row: step.Row, name: str) -> list[str]:
+    """Launches, and host and device time; an interrupted row has none."""
+    seen = row.seen.get(name)
+    if seen is None:
+        return [ABSENT] * 3
+    launches = seen["kernels"] + seen["copies"]
+    return [f"{launches:.0f}", f"{seen['host_us']:.1f}", f"{seen['device_us']:.1f}"]
 
 
 def _percent_of_floor(row: step.Row, name: str) -> str:

@@ -13,7 +13,7 @@ for needed in ("rich", "matplotlib"):
     pytest.importorskip(needed, reason="fusedopt.bench needs it")
 
 from fusedopt.bench import __main__ as cli  # noqa: E402  # what they need is there
-from fusedopt.bench import charts, documents, page, results  # noqa: E402
+from fusedopt.bench import charts, documents, page, report, results, step, tables  # noqa: E402
 
 MACHINE = {"date": "2026-01-02T03:04:05+00:00", "gpu": None, "cpu": "A <processor>", "torch": "9.9",
            "fusedopt": "0.1", "git_revision": "abc1234"}  # fmt: skip
@@ -130,6 +130,19 @@ def test_csv_has_a_line_a_figure(result, tmp_path):
     assert lines[0]["provider"] == "fusedopt"
     assert float(lines[0]["times_faster"]) == 4.0
     assert lines[0]["torch"] == "9.9"
+
+
+def test_the_table_has_a_gpus_columns_and_an_interrupted_row_leaves_them_empty():
+    rows = [step.Row(step.Task("tiny", "SGD")), step.Row(step.Task("tiny", "AdamW"))]
+    for measured in rows:
+        measured.race.seconds = {"fusedopt": [1e-3], "floor": [5e-4]}
+    looked = {"kernels": 1.0, "copies": 2.0, "device_us": 41.5, "host_us": 450.0}
+    rows[0].seen = {"fusedopt": looked, "floor": looked}
+    console = report.make_console()
+    with console.capture() as captured:
+        console.print(tables.step_tables(rows))
+    lines = [text.split() for text in captured.get().splitlines() if "fusedopt" in text]
+    assert [text[-3:] for text in lines] == [["3", "450.0", "41.5"], ["-", "-", "-"]]
 
 
 # ---- comparison and gate ----
