@@ -109,11 +109,16 @@ def _torchdata(device: str, data: Batch, work: Rows) -> Epoch:
 
     dataset = TensorDataset(*data)
     sampler = BatchSampler(RandomSampler(dataset), work.batch_size, drop_last=False)
-    node = nodes.ParallelMapper(
-        nodes.SamplerWrapper(sampler), dataset.__getitem__, num_workers=2, method="thread"
-    )
-    loader = nodes.Loader(nodes.PinMemory(node) if device != "cpu" else node)
-    return lambda: drained(loader, device)
+
+    def epoch() -> None:
+        # Anew each time, since one that is kept begins the next epoch in its threads at once.
+        node = nodes.ParallelMapper(
+            nodes.SamplerWrapper(sampler), dataset.__getitem__, num_workers=2, method="thread"
+        )
+        node = nodes.PinMemory(node) if device != "cpu" else node
+        drained(nodes.Loader(node, restart_on_stop_iteration=False), device)
+
+    return epoch
 
 
 def _index_select(device: str, data: Batch, work: Rows) -> Epoch:
@@ -168,12 +173,14 @@ class Feed:
         title: as printed in tables.
         build: makes an epoch's function of (device, rows, workload).
         needs: a package it needs.
+        lingers: it has threads or processes of its own, which do not end with an epoch.
     """
 
     name: str
     title: str
     build: Callable[[str, Batch, Rows], Epoch]
     needs: str = "torch"
+    lingers: bool = False
 
     def unavailable(self) -> str:
         """Why it cannot be built here; empty if it can."""
@@ -185,9 +192,9 @@ FEEDS = {
     feed.name: feed
     for feed in (
         Feed("dataloader", "DataLoader", lambda *a: _dataloader(0, *a)),
-        Feed("dataloader-2", "DataLoader, 2 workers", lambda *a: _dataloader(2, *a)),
+        Feed("dataloader-2", "DataLoader, 2 workers", lambda *a: _dataloader(2, *a), lingers=True),
         Feed("dataloader-batched", "DataLoader, batches indexed", _batched),
-        Feed("torchdata", "torchdata nodes", _torchdata, "torchdata"),
+        Feed("torchdata", "torchdata nodes", _torchdata, "torchdata", lingers=True),
         Feed("index_select", "index_select loop", _index_select),
         Feed(CANDIDATE, "TensorLoader", _fusedopt),
         Feed(FLOOR, "memcpy floor", _floor),

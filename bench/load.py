@@ -7,8 +7,11 @@ much of the copying hides behind a kernel, and what a batch costs the host.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from timeit import default_timer
@@ -23,6 +26,7 @@ from .feeds import CANDIDATE, FEEDS, Rows
 from .timing import Race, Stats, run_race, time_once
 
 MIB = 2**20
+SETTLING = 0.5  # seconds for the threads of one feed, before the next
 TRANSFERS = (1, 4, 16, 64)  # MiB of a batch
 BATCHES = 256  # of a pass over a batch size on a GPU: it begins once for all of them
 
@@ -35,30 +39,45 @@ class Row:
         work: the rows.
         device: where batches went.
         race: seconds an epoch, by feed and round.
+        apart: the same of feeds with threads or processes of their own, which slow down whoever
+            comes after them: they race against ours alone, afterwards.
         unavailable: by feed that did not run, the reason.
     """
 
     work: Rows
     device: str
     race: Race = field(default_factory=Race)
+    apart: Race = field(default_factory=Race)
     unavailable: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def seconds(self) -> dict[str, Stats]:
+        """What an epoch takes, by feed; ours among those without threads."""
+        return {
+            name: race.stats(name)
+            for race in (self.apart, self.race)
+            for name in race.seconds
+            if race is self.race or name != CANDIDATE
+        }
+
     def ratio(self, name: str) -> Stats | None:
-        """A feed's epoch over ours; None if one of them did not run."""
-        if name not in self.race.seconds or CANDIDATE not in self.race.seconds:
+        """A feed's epoch over ours in the same race; None if one of them did not run."""
+        race = self.race if name in self.race.seconds else self.apart
+        if name not in race.seconds or CANDIDATE not in race.seconds:
             return None
-        return self.race.ratio(name, CANDIDATE)
+        return race.ratio(name, CANDIDATE)
 
     def to_json(self) -> dict[str, Any]:
         """Everything measured, as it stands in a result file."""
-        medians = {name: self.race.stats(name).median for name in self.race.seconds}
+        seconds = self.seconds
+        medians = {name: stats.median for name, stats in seconds.items()}
         return {
             "workload": self.work.name,
             "device": self.device,
             "rows": self.work.rows,
             "batch_size": self.work.batch_size,
             "batch_bytes": self.work.batch_bytes,
-            "epoch_seconds": {n: asdict(self.race.stats(n)) for n in self.race.seconds},
+            "epoch_seconds": {name: asdict(stats) for name, stats in seconds.items()},
             "samples_per_second": {n: self.work.rows / s for n, s in medians.items()},
             "bytes_per_second": {n: self.work.epoch_bytes / s for n, s in medians.items()},
             "over_fusedopt": {
@@ -95,8 +114,23 @@ def measure(
                 row.unavailable[feed] = reason
             else:
                 epochs[feed] = FEEDS[feed].build(device, data, row.work)
-        run_race(row.race, epochs, rounds, seconds, lambda _, label=name: on_round(label))
+        alone = {feed: epoch for feed, epoch in epochs.items() if FEEDS[feed].lingers}
+        together = {feed: epoch for feed, epoch in epochs.items() if feed not in alone}
+        if alone and CANDIDATE in together:
+            alone[CANDIDATE] = together[CANDIDATE]
+        for race, entrants in ((row.race, together), (row.apart, alone)):
+            if entrants:
+                run_race(race, entrants, rounds, seconds, lambda _, label=name: on_round(label),
+                         dict.fromkeys(entrants, settle))  # fmt: skip
         yield row
+
+
+def settle() -> None:
+    """Lets the threads of the feed before end: those of torchdata do so when they are collected."""
+    gc.collect()
+    deadline = default_timer() + SETTLING
+    while threading.active_count() > 1 and default_timer() < deadline:
+        time.sleep(0.01)
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------

@@ -50,7 +50,9 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     report.print_machine(console, described)
     rows: list[Row] = []
     sizes: list[dict[str, Any]] = []
-    total = len(options.workloads) * options.rounds + len(TRANSFERS) * (options.device == "cuda")
+    races = 1 + any(FEEDS[name].lingers for name in options.providers)
+    total = races * len(options.workloads) * options.rounds
+    total += len(TRANSFERS) * (options.device == "cuda")
     try:
         with session.progress_bar(console, total) as advance:
             for row in measure(options.workloads, options.providers, options.device,
@@ -82,8 +84,8 @@ def table(row: Row) -> Table:
     told = Table("feed", title=f"{work.name}: {work.summary}, {batch}, to {row.device}")
     for head in ("ms an epoch", "samples/s", "GB/s", "TensorLoader is"):
         told.add_column(head, justify="right")
-    for name in row.race.seconds:
-        seconds, ratio = row.race.stats(name).median, row.ratio(name)
+    for name, stats in row.seconds.items():
+        seconds, ratio = stats.median, row.ratio(name)
         faster = "" if name == CANDIDATE or ratio is None else f"{ratio.median:.2f} times as fast"
         told.add_row(
             FEEDS[name].title, f"{seconds * 1e3:.1f}", f"{work.rows / seconds:,.0f}",
@@ -118,5 +120,6 @@ def notes(rows: list[Row]) -> list[str]:
     return [
         *(f"{title} did not run: {why}" for title, why in missing.items()),
         "Medians; samples/s and GB/s count what arrives, rows and labels; the last column is of "
-        "epochs of the same round. memcpy floor: the same bytes, not gathered, into one buffer.",
+        "epochs of the same round. memcpy floor: the same bytes, not gathered, into one buffer. "
+        "What has threads or processes of its own slows down what comes next: it ran afterwards.",
     ]

@@ -11,12 +11,12 @@ namespace {
 constexpr int64_t kLine = 64;  // bytes of a cache line
 // Bytes that a thread takes at a time: long enough for the counter not to matter, short enough for
 // threads to end together.
-constexpr int64_t kPieceBytes = 32 * 1024;
+constexpr int64_t kPieceBytes = 128 * 1024;
 // Waking a thread pays for itself above this; a batch below is copied by the caller.
 constexpr int64_t kSerialBytes = 64 * 1024;
 // Rows are anywhere in memory, where the processor cannot guess: the lines of a row this many bytes
 // ahead in the batch are asked for while the row before is copied.
-constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kAheadBytes = 8192;
 
 struct Rows {
   const RowSource& source;

@@ -103,7 +103,7 @@ bool GroupReader::reads(PyObject* key) const {
 
 bool SeenGroup::changed(const py::dict& group, const GroupReader& reader) {
   bool same = kept_;
-  kept_ = false;  // an error may come in between
+  kept_ = false;                     // an error may come in between
   std::vector<py::object> replaced;  // whose ends may run code, which must not come in between
   Py_ssize_t position = 0;
   PyObject* key = nullptr;

@@ -15,6 +15,9 @@ from .lanes import lane_to
 from .prefetching import END
 from .sampling import Distributed, Epoch, InOrder, Order, Sampled, State
 
+# An epoch, and how many of its batches were made.
+Position = tuple[Epoch, int]
+
 
 class TensorLoader:
     """Batches of rows of tensors, as a ``DataLoader`` over a ``TensorDataset`` makes them.
@@ -96,7 +99,7 @@ class TensorLoader:
         self._lane = None if device is None else lane_to(device)
         self.device = torch.device("cpu" if device is None else device)
         self._ring = _C.Ring(depth + MORE_BUFFERS, self._lane is not None)
-        self._state: State | None = None  # of the epoch under way, after its last batch
+        self._position: Position | None = None  # in the epoch under way, after its last batch
         self._resumed: State | None = None  # was loaded, and not begun
 
     def __len__(self) -> int:
@@ -107,16 +110,16 @@ class TensorLoader:
         source = self._host_batches()
         if self._lane is not None:
             source = ahead(source, self.depth, self._lane, self._ring, self.transform)
-        for batch, state in source:
-            self._state = state
+        for batch, position in source:
+            self._position = position
             if batch is not END:
                 if self._lane is None and self.transform is not None:
                     batch = self.transform(batch)
                 yield batch
             del batch  # what the consumer dropped must not live on here
 
-    def _host_batches(self) -> Iterator[tuple[Any, State | None]]:
-        """The (batch, state after it) pairs of an epoch, in host memory."""
+    def _host_batches(self) -> Iterator[tuple[Any, Position | None]]:
+        """The (batch, position after it) pairs of an epoch, in host memory."""
         resumed, self._resumed = self._resumed, None
         epoch = self._order.begin()
         done = resumed["batches"] if resumed else 0
@@ -128,19 +131,18 @@ class TensorLoader:
             done += 1
             if count < self.batch_size:
                 epoch.finish(len(self._tensors[0]))  # a DataLoader finds the end with this one
-            yield self._assembled(batch), self._state_of(epoch, done)
+            named = batch if self._names is None else dict(zip(self._names, batch, strict=True))
+            yield named, (epoch, done)
+            del named
             del batch
         epoch.finish(len(self._tensors[0]))  # of whole batches, it is found after them
         yield END, None
 
-    def _assembled(self, batch: list[torch.Tensor]) -> Any:
-        return batch if self._names is None else dict(zip(self._names, batch, strict=True))
-
-    def _state_of(self, epoch: Epoch | None, batches: int) -> State:
-        order = self._order.between() if epoch is None else epoch.state
+    def _state_at(self, position: Position | None) -> State:
+        epoch, batches = position or (None, 0)
         return {
             "batches": batches,
-            "order": order,
+            "order": self._order.between() if epoch is None else epoch.state,
             "of": {
                 "order": type(self._order).__name__,
                 "rows": len(self._tensors[0]),
@@ -175,7 +177,7 @@ class TensorLoader:
         """
         if self._resumed is not None:
             return self._resumed
-        return self._state if self._state is not None else self._state_of(None, 0)
+        return self._state_at(self._position)
 
     def load_state_dict(self, state_dict: State) -> None:
         """Makes the next iteration go on where `state_dict` was taken.
@@ -183,7 +185,7 @@ class TensorLoader:
         Raises:
             ValueError: it is no state, or one of a loader with other arguments; nothing is changed.
         """
-        mine = self._state_of(None, 0)
+        mine = self._state_at(None)
         if not isinstance(state_dict, Mapping) or state_dict.keys() != mine.keys():
             raise ValueError(
                 f"state_dict: wanted what state_dict() of a TensorLoader returned, with the keys "
@@ -202,7 +204,7 @@ class TensorLoader:
             )
         self._order.restore(state_dict["order"], state_dict["batches"] > 0)
         self._resumed = {**state_dict}
-        self._state = None
+        self._position = None
 
 
 def _checked_tensors(
