@@ -47,7 +47,7 @@ bench-peers: $(BUILT) ## install the libraries that the step is compared with, a
 	done
 	$(PY) -m fusedopt.bench list
 
-bench-docs: $(BUILT) ## write the tables of README.md and docs/benchmarks.md from bench/results
+bench-docs: $(BUILT) ## write the tables of README.md and docs/ from bench/results
 	$(PY) -m fusedopt.bench report --update-docs $(BENCH_ARGS)
 
 test: $(BUILT) ## the tests that are not slow

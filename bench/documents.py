@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/benchmarks.md, from the result files in bench/results.
+"""The tables of README.md, docs/benchmarks.md and docs/gpu-status.md, from bench/results.
 
 Between their markers these pages are written by ``report --update-docs`` (``make bench-docs``) and
 by nobody's hand; a test says so when they are not what the files say.
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import gpu_report
 from .charts import against, label, title_of
 from .page import runs_of
 from .results import CANDIDATE, FLOOR, Figure, ResultError, load, rows_of
@@ -18,6 +19,7 @@ from .results import CANDIDATE, FLOOR, Figure, ResultError, load, rows_of
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+STATUS = ROOT / "docs" / "gpu-status.md"
 BEGIN = "<!-- written by `make bench-docs`: edits are lost -->"
 END = "<!-- end of what `make bench-docs` writes -->"
 NOTHING = "No result file has been kept yet.\n"
@@ -43,7 +45,7 @@ def keep(path: Path) -> Path:
 
 
 def update(files: Sequence[Path]) -> list[Path]:
-    """Keeps the files, writes both pages anew, and returns what was written."""
+    """Keeps the files, writes the pages' tables anew, and returns what was written."""
     if not PAGE.is_file():
         raise ResultError(f"--update-docs: there is no {PAGE}; wanted: to run in a checkout")
     for path in (README, PAGE):
@@ -52,7 +54,17 @@ def update(files: Sequence[Path]) -> list[Path]:
     figures = committed()
     for path, text in ((README, front_table(figures)), (PAGE, full_tables(figures))):
         path.write_text(replaced(path.read_text(), text))
-    return [*kept, README, PAGE]
+    if (checked := newest_check()) is not None:
+        STATUS.write_text(gpu_report.put(STATUS.read_text(), json.loads(checked.read_text())))
+    return [*kept, README, PAGE, STATUS]
+
+
+def newest_check() -> Path | None:
+    """The GPU check's newest file; None if none was kept."""
+    checks = [path for path in RESULTS.glob("*.json") if "parts" in json.loads(path.read_text())]
+    return max(
+        checks, key=lambda path: path.stem[-10:], default=None
+    )  # the names end with the date
 
 
 def committed() -> list[Figure]:

@@ -1,24 +1,16 @@
-"""The tables of README.md and docs/gpu-status.md, out of what the GPU check wrote.
+"""The tables of docs/gpu-status.md, out of what the GPU check wrote.
 
-::
-
-    python -m fusedopt.bench.gpu_report RESULT README.md docs/gpu-status.md
-
-puts them into the pages, each between the comments that name it; without pages, it prints them.
-No figure of a GPU comes another way.
+`documents` puts them into the page, each between the comments that name it, for ``make
+bench-docs``. No figure of a GPU comes another way.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from .gpu_check import figure, promises
+from .gpu_check import promises
 
 # Libraries of the step's tables, and how they are headed.
 LIBRARIES = {
@@ -93,30 +85,11 @@ def goals_table(result: dict[str, Any]) -> str:
     return markdown(["what"], ["goal", "measured", ""], rows)
 
 
-def chosen_table(result: dict[str, Any]) -> str:
-    """For the front page: AdamW in float32, from the largest to the smallest tensors."""
-    names = ("billion", "gpt2", "many", "thousand", "swarm", "groups")
-    rows = []
-    for name in names:
-        row = figure(result, name)
-        if row is None:
-            continue
-        wall = {name: row["step_ms"].get(name, {}).get("median") for name in LIBRARIES}
-        wall.pop("fusedopt-triton")
-        over = row["ratios"]["fusedopt_over_floor"]["median"]
-        best = row["ratios"]["best_torch_over_fusedopt"]["median"]
-        rows.append([name, *map(number, wall.values()), f"{over:.2f}", f"{best:.1f}"])
-    heads = ["torch default", "torch fused", "fusedopt", "floor", "fusedopt / floor",
-             "best torch / fusedopt"]  # fmt: skip
-    return markdown(["workload"], heads, rows)
-
-
 TABLES = {
     "machine": machine,
     "goals": goals_table,
     "step": step_table,
     "device": device_table,
-    "chosen": chosen_table,
 }
 
 
@@ -124,25 +97,9 @@ def put(page: str, result: dict[str, Any]) -> str:
     """The page with its tables out of this run."""
     for name, table in TABLES.items():
         begin, end = f"<!-- gpu: {name} -->\n", "\n<!-- /gpu -->"
+        if begin not in page:
+            continue
         pattern = re.compile(f"({begin}).*?({end})", re.DOTALL)
         made = table(result)
         page = pattern.sub(lambda found, made=made: f"{found[1]}{made}{found[2]}", page)
     return page
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Puts the tables of a run into pages, or prints them."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path, help="what gpu_check.py wrote")
-    parser.add_argument("pages", type=Path, nargs="*", help="where the tables stand")
-    options = parser.parse_args(arguments)
-    result = json.loads(options.file.read_text())
-    for path in options.pages:
-        path.write_text(put(path.read_text(), result))
-    if not options.pages:
-        print("\n\n".join(table(result) for table in TABLES.values()))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -63,7 +63,8 @@ def result(tmp_path):
 
 
 GPU_CHECK = {
-    "machine": {**MACHINE, "device": "GPU 9000", "cuda": "13"},
+    "machine": {**MACHINE, "device": "GPU 9000", "cuda": "13", "driver": "7", "triton": "3.6",
+                "nvcc": "13.0"},
     "rehearsal": False,
     "parts": {
         "bits": {"rows": [{"differing": 0}]},
@@ -279,9 +280,11 @@ def test_the_browser_would_say_what_is_wrong(tmp_path):
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout's pages and results, to write to."""
-    for name, path in (("README", "README.md"), ("PAGE", "page.md"), ("RESULTS", "results")):
+    for name, path in (("README", "README.md"), ("PAGE", "page.md"), ("STATUS", "status.md"),
+                       ("RESULTS", "results")):  # fmt: skip
         monkeypatch.setattr(documents, name, tmp_path / "checkout" / path)
     documents.RESULTS.mkdir(parents=True)
+    documents.STATUS.write_text("before\n<!-- gpu: machine -->\nold\n<!-- /gpu -->\nafter\n")
     for page_ in (documents.README, documents.PAGE):
         page_.write_text(f"before\n{documents.BEGIN}\nold\n{documents.END}\nafter\n")
     return tmp_path / "checkout"
@@ -305,6 +308,9 @@ def test_docs_are_written_from_the_files_that_are_kept(result, checkout, tmp_pat
     written(documents.RESULTS / "nvidia-x.json", GPU_CHECK)  # a check's file as it is
     assert cli.main(["report", *arguments]) == 0
     assert "GPU 9000; torch 9.9, fusedopt abc1234; 2026-01-02 |" in documents.README.read_text()
+    status = documents.STATUS.read_text()
+    assert status.startswith("before\n<!-- gpu: machine -->\nGPU 9000, driver ")
+    assert status.endswith("\n<!-- /gpu -->\nafter\n")
     assert documents.replaced(front, "new").count("new") == 1
 
 
