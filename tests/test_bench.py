@@ -151,7 +151,7 @@ def test_ratios_pair_the_rounds_both_ran_in():
     [
         (
             ["stepp"],
-            "unknown subcommand 'stepp'; wanted: train, step, pipeline, parity, report",
+            "unknown subcommand 'stepp'; wanted: train, step, pipeline, load, parity, report",
         ),
         (["step", "--workloads", "gpt3"], "--workloads: unknown workload 'gpt3'; wanted: a comma"),
         (["step", "--optimizers", "AdamW,Lamb"], "--optimizers: unknown optimizer 'Lamb'"),
