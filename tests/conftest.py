@@ -37,9 +37,10 @@ def check_hint(handle, key, value):
 
 
 def pytest_collection_modifyitems(items):
-    """Leaves to the long run what the interpreter, slow as it is, shows in two dtypes as well."""
+    """Leaves to the long run what the interpreter, slow as it is, shows in fewer cases as well."""
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         interpreted = Interpreted in params.values()
-        if interpreted and params.get("dtype") in (torch.float64, torch.float16):
+        grouped = "whatever_the_number_of_groups" in item.name and "sgd" not in item.name
+        if interpreted and (grouped or params.get("dtype") in (torch.float64, torch.float16)):
             item.add_marker(pytest.mark.slow)

@@ -77,11 +77,13 @@ def sections(text, heading):
 
 def compile_unit(source, folder):
     """The kernels of one .cu, for sm_90."""
-    cubin, ptx = folder / f"{source.stem}.cubin", folder / f"{source.stem}.ptx"
+    cubin, kept = folder / f"{source.stem}.cubin", folder / source.stem
+    kept.mkdir()
     report = run(
-        NVCC, *FLAGS, "-arch=sm_90", "-cubin", "-Xptxas", "-v", str(source), "-o", str(cubin)
-    )
-    run(NVCC, *FLAGS, "-arch=compute_90", "-ptx", str(source), "-o", str(ptx))
+        NVCC, *FLAGS, "-arch=sm_90", "-cubin", "-Xptxas", "-v", "--keep", "--keep-dir", str(kept),
+        str(source), "-o", str(cubin),
+    )  # fmt: skip
+    ptx = kept / f"{source.stem}.ptx"  # on the way to the cubin
     assert "warning" not in report, report
     if "Compiling entry function" not in report:
         return []
