@@ -12,6 +12,7 @@ that changes its loader sees the same batches, and the same random numbers after
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Epoch:
         self.generator = None
 
 
-class Order:
+class Order(ABC):
     """What the orders have in common.
 
     Attributes:
@@ -58,13 +59,13 @@ class Order:
     samples: int
     resumed: State | None = None
 
+    @abstractmethod
     def begin(self) -> Epoch:
         """The next epoch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def between(self) -> State:
         """What the next epoch can be drawn from."""
-        raise NotImplementedError
 
     def restore(self, state: State, under_way: bool) -> None:
         """Goes back to a state, of an epoch that was under way or of the time between two."""

@@ -148,6 +148,8 @@ class TensorLoader:
                 "rows": len(self._tensors[0]),
                 "batch_size": self.batch_size,
                 "drop_last": self.drop_last,
+                "shuffle": getattr(self._order, "shuffle", False),
+                "seed": getattr(self._order, "seed", None),
                 "world_size": getattr(self._order, "world_size", 1),
             },
         }
