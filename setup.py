@@ -197,6 +197,13 @@ def csrc(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(pattern))
 
 
+def units() -> list[str]:
+    """The C++ files that are compiled: all but those that csrc/torch_unit.cpp includes."""
+    text = (ROOT / "csrc" / "torch_unit.cpp").read_text()
+    included = {f"csrc/{name}" for name in re.findall(r'#include "(.+\.cpp)"', text)}
+    return [path for path in csrc("*.cpp") if path not in included]
+
+
 # ninja and python share a folder, on PATH only where the virtual environment is activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 include_dirs = [str(ROOT / "csrc")]  # absolute: ninja runs in its own folder
@@ -209,8 +216,8 @@ cuda = Cuda()
 extra = cuda.extension_arguments()
 extension = cpp_extension.CppExtension(
     "fusedopt._C",
-    csrc("*.cpp") + (csrc("*.cu") if extra else []),
-    depends=csrc("*.h") + csrc("*.cuh"),
+    units() + (csrc("*.cu") if extra else []),
+    depends=csrc("*.h") + csrc("*.cuh") + csrc("*.cpp"),
     include_dirs=include_dirs,
     extra_compile_args={"cxx": COMPILE_FLAGS, "nvcc": NVCC_FLAGS},
     extra_link_args=["-fopenmp"],

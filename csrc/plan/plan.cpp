@@ -42,7 +42,7 @@ StepPlan::StepPlan(const std::string& rule, const py::list& param_groups, const 
   rows_.reserve(rows.size());
   for (const py::handle row : rows) {
     const auto tuple = py::reinterpret_borrow<py::tuple>(row);
-    HostRow host;
+    HostRow host{};
     host.fresh = tuple[2].cast<bool>();
     if (!tuple[3].is_none()) host.first = THPVariable_Unpack(py::object(tuple[3]).ptr());
     add_row(tuple[0].cast<int>(), tuple[1], state, std::move(host));
