@@ -46,7 +46,7 @@ def make_tree() -> Path:
         rules = part / "csrc/rules/all.h"
         entry = f'#include "rules/{RULE}.h"\n#define FUSEDOPT_FOR_EACH_RULE(RULE) '
         entry += f'RULE("{RULE}", {STRUCT})\n'
-        listed = re.sub(r"#define FUSEDOPT_FOR_EACH_RULE[\s\S]*", entry, rules.read_text())
+        listed = re.sub(r"#ifndef FUSEDOPT_FOR_EACH_RULE[\s\S]*", entry, rules.read_text())
         rules.write_text(listed)
         try:
             part.rename(tree)

@@ -64,6 +64,8 @@ constexpr const char* dtype_name(DType dtype) {
 }
 
 // The tuples (parameter, gradient, states) kernels are built for. All states of a row share a type.
+// A test may define a shorter list.
+#ifndef FUSEDOPT_FOR_EACH_STORAGE
 #define FUSEDOPT_FOR_EACH_STORAGE(STORAGE) \
   STORAGE(kF32, kF32, kF32)                \
   STORAGE(kF64, kF64, kF64)                \
@@ -75,6 +77,7 @@ constexpr const char* dtype_name(DType dtype) {
   STORAGE(kF16, kF16, kF32)                \
   STORAGE(kF16, kF32, kF16)                \
   STORAGE(kF16, kF32, kF32)
+#endif
 
 struct StorageTuple {
   DType param, grad, state;
