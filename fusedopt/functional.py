@@ -57,10 +57,10 @@ import torch
 from torch import Tensor
 
 from fusedopt._extension import _C
-from fusedopt.backends import Backend, backend_for
+from fusedopt.backends import backend_for
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.packing import Row
-from fusedopt.routing import Group, why_state_torch, why_torch
+from fusedopt.routing import SHARED_MEMORY, Group, Member, Wanted, sort
 
 _LIBRARY = torch.library.Library("fusedopt", "DEF")
 
@@ -115,35 +115,28 @@ class _Step:
         # A plan reads a parameter's own `.grad`, so it gets aliases, which share everything of the
         # parameters but that: memory, storage and version counter.
         group["params"] = aliases = [param.detach() for param in params]
-        backends = {kind: backend_for(kind) for kind in {alias.device.type for alias in aliases}}
         state: dict[Tensor, dict[str, Tensor]] = {}
         for index, (alias, grad) in enumerate(zip(aliases, grads, strict=True)):
-            states = {name: kwargs[f"{name}s"][index] for name in names}
-            self._attach_grad(group, index, grad, backends[alias.device.type])
-            self._check_states(index, alias, states)
+            if reason := _C.why_not_fused(alias, grad):
+                raise self._refusal(index, alias, reason)
+            alias.grad_dtype = grad.dtype
+            alias.grad = grad
+            state[alias] = {name: kwargs[f"{name}s"][index] for name in names}
             if self.has_step:
                 self._check_step(index, alias, kwargs["state_steps"][index])
-                states["step"] = kwargs["state_steps"][index]
-            state[alias] = states
-        shared = _C.overlapping([[alias, *states.values()] for alias, states in state.items()])
-        if shared:
-            listed = " and ".join(f"params[{index}]" for index in shared)
-            raise ValueError(
-                f"{self.name}: {listed} share memory, of their own or of their states; give each "
-                "parameter once, with tensors of its own"
-            )
+                state[alias]["step"] = kwargs["state_steps"][index]
+        numbers = ["step"] * self.has_step
+        wanted = Wanted(lambda _: names, lambda alias: alias.dtype, numbers=numbers)
+        members = sort([group], state, lambda alias: backend_for(alias.device.type), wanted)
+        if members.torch:
+            raise self._why_refused(members.torch, names, state)
         rows: list[Row] = [(0, alias, bool(kwargs.get("is_first_step")), None) for alias in aliases]
-        launchers = {
-            kind: launcher
-            for kind, backend in backends.items()
-            if backend is not None and (launcher := backend.launcher()) is not None
-        }
         plan = _C.StepPlan(
-            self.rule, [group], state, rows, [], launchers, _C.CapturedTables(), None
+            self.rule, [group], state, rows, [], members.launchers, _C.CapturedTables(), None
         )
-        reason = plan.refresh([group], state)
-        if reason is not None:
-            raise ValueError(f"{self.name}: the step cannot be prepared: {reason}")
+        why_not = plan.refresh([group], state)
+        if why_not is not None:
+            raise ValueError(f"{self.name}: the step cannot be prepared: {why_not}")
         plan.launch()
 
     def _group(self, kwargs: dict[str, Any]) -> Group:
@@ -172,33 +165,34 @@ class _Step:
                 remedy = "these hyperparameters use no such state; give []"
             raise ValueError(f"{self.name}: {name} has {got} tensors; {remedy}")
 
-    def _attach_grad(self, group: Group, index: int, grad: Tensor, backend: Backend | None) -> None:
-        alias = group["params"][index]
-        reason = why_torch(group, alias, backend) or _C.why_not_fused(alias, grad)
-        if reason:
-            raise ValueError(
-                f"{self.name} cannot update params[{index}] of shape {tuple(alias.shape)}: "
-                f"{reason}; leave it out and step it with torch.optim"
-            )
-        alias.grad_dtype = grad.dtype
-        alias.grad = grad
+    def _refusal(self, index: int, alias: Tensor, reason: str) -> ValueError:
+        return ValueError(
+            f"{self.name} cannot update params[{index}] of shape {tuple(alias.shape)}: "
+            f"{reason}; leave it out and step it with torch.optim"
+        )
 
-    def _check_states(self, index: int, alias: Tensor, states: dict[str, Tensor]) -> None:
-        reason = why_state_torch(alias, [*states.values()])
-        if not reason:
-            return
-        for name, value in states.items():
+    def _why_refused(
+        self, refused: list[Member], names: list[str], state: dict[Tensor, dict[str, Tensor]]
+    ) -> ValueError:
+        """The error for tensors that kernels cannot update, by the first of them."""
+        index, alias = refused[0].index, refused[0].param
+        if refused[0].reason == SHARED_MEMORY:
+            shared = [member.index for member in refused if member.reason == SHARED_MEMORY]
+            listed = " and ".join(f"params[{index}]" for index in shared)
+            return ValueError(
+                f"{self.name}: {listed} share memory, of their own or of their states; give each "
+                "parameter once, with tensors of its own"
+            )
+        for name in names:
+            value = state[alias][name]
             if unfit := _C.why_state_unfit(alias, value):
-                raise ValueError(
+                return ValueError(
                     f"{self.name}: {name}s[{index}] is {value.dtype} of shape "
                     f"{tuple(value.shape)}, and params[{index}] {alias.dtype} of shape "
                     f"{tuple(alias.shape)}: {unfit}; give one made by "
                     f"torch.zeros_like(params[{index}])"
                 )
-        raise ValueError(
-            f"{self.name} cannot update params[{index}]: {reason}; give states of the parameter's "
-            "dtype"
-        )
+        return self._refusal(index, alias, refused[0].reason)
 
     def _check_step(self, index: int, alias: Tensor, step: Tensor) -> None:
         fits = step.numel() == 1 and step.dtype in (torch.float32, torch.float64)

@@ -19,7 +19,7 @@ from fusedopt.backends import BACKENDS, Backend, backend_for, check_backend
 from fusedopt.loading import check_loaded_state, check_loaded_steps
 from fusedopt.onepass import ENTRIES, WINDOW, OnePass, Options, arithmetic_dtype
 from fusedopt.packing import Packed
-from fusedopt.routing import Route, describe, routes, why_torch
+from fusedopt.routing import Route, Sorted, Wanted, describe, routes, sort, why_torch
 from fusedopt.with_onepass import WithOnePass
 
 if TYPE_CHECKING:
@@ -265,6 +265,17 @@ class FusedOptimizer(WithOnePass):
         backend = BACKENDS[self.backend]
         return backend if param.device.type in backend.device_types else None
 
+    def _sort(self) -> Sorted:
+        """The parameters by who updates them now."""
+        entries = self._onepass.entries() if self._onepass is not None else []
+        wanted = Wanted(
+            self._state_names,
+            self._dtype_of_states,
+            [name for name in entries if name != WINDOW],
+            [*["step"] * self._has_step, *[name for name in entries if name == WINDOW]],
+        )
+        return sort(self.param_groups, self.state, self._backend_of, wanted)
+
     def refresh_hyperparameters(self) -> int:
         """Gives the numbers in ``param_groups`` to the CUDA graphs that captured this step.
 
@@ -301,7 +312,7 @@ class FusedOptimizer(WithOnePass):
             >>> optimizer.routes()[0].backend
             'cpu'
         """
-        return list(routes(self))
+        return routes(self.param_groups, self._sort())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a parameter that a named backend cannot update raises and adds nothing."""

@@ -18,15 +18,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused, _get_scalar_dty
 
 from fusedopt import ranks
 from fusedopt._extension import _C
-from fusedopt.onepass import WINDOW
-from fusedopt.routing import (
-    SHARED_MEMORY,
-    Group,
-    describe,
-    repeated_params,
-    why_state_torch,
-    why_torch,
-)
+from fusedopt.routing import SHARED_MEMORY, Group, Member, describe, why_torch
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
@@ -54,10 +46,9 @@ class Packed:
         self._optimizer = weakref.ref(optimizer)
         self.created: list[tuple[Tensor, list[str]]] = []
         self.launchers: dict[str, object] = {}
-        self.torch_params: list[tuple[int, int, Tensor, str]] = []
+        self.torch_params: list[Member] = []
         try:
             rows, idle = self._sort()
-            rows = self._drop_overlapping(rows)
             self._report()
             self.rows = len(rows)
             self.plan = _C.StepPlan(
@@ -82,46 +73,27 @@ class Packed:
         return optimizer
 
     def _sort(self) -> tuple[list[Row], list[Tensor]]:
+        """Who is updated by kernels, and who waits; creates the state that kernels need."""
         optimizer = self.optimizer
-        entries = self.entries
+        members = optimizer._sort()
+        for member in members.torch:
+            self._to_torch(member)
+        self.launchers = members.launchers
         rows: list[Row] = []
-        idle: list[Tensor] = []
-        repeated = repeated_params(optimizer)
-        for number, group in enumerate(optimizer.param_groups):
-            names = optimizer._state_names(group)
-            for index, param in enumerate(group["params"]):
-                backend = optimizer._backend_of(param)
-                reason = why_torch(group, param, backend)
-                if id(param) in repeated:
-                    reason = reason or SHARED_MEMORY
-                waits = param.grad is None and not self._has_state(param, [*names, *entries])
-                if not reason and waits:
-                    idle.append(param)
-                    continue
-                fresh = False
-                launcher = backend.launcher() if backend is not None else None
-                if not reason:
-                    on_device = launcher is not None
-                    fresh = self._create_state(group, param, names, on_device)
-                    self._create_entries(param, entries, on_device)
-                    states, others = self._states(param, names), self._states(param, entries)
-                    reason = why_state_torch(param, states, others)
-                if reason:
-                    self._to_torch(number, index, param, reason)
-                    continue
-                if launcher is not None:
-                    self.launchers[param.device.type] = launcher
-                rows.append((number, param, fresh, optimizer._first_flags.get(param)))
-        return rows, idle
+        for member in members.fused:
+            number, param = member.group, member.param
+            group = optimizer.param_groups[number]
+            on_device = param.device.type in self.launchers
+            fresh = self._create_state(group, param, optimizer._state_names(group), on_device)
+            self._create_entries(param, self.entries, on_device)
+            rows.append((number, param, fresh, optimizer._first_flags.get(param)))
+        return rows, [member.param for member in members.waiting]
 
     @property
     def entries(self) -> list[str]:
         """What a parameter's state has beside what its rule keeps."""
         onepass = self.optimizer._onepass
         return onepass.entries() if onepass is not None else []
-
-    def _states(self, param: Tensor, names: list[str]) -> list[Tensor]:
-        return [self.optimizer.state[param][name] for name in names if name != WINDOW]
 
     def _has_state(self, param: Tensor, names: list[str]) -> bool:
         state = self.optimizer.state.get(param) or {}
@@ -180,51 +152,35 @@ class Packed:
             if step.device != param.device:
                 optimizer.state[param]["step"] = step.to(param.device)
 
-    def _drop_overlapping(self, rows: list[Row]) -> list[Row]:
-        """Moves rows that share memory to torch, which steps them one after the other."""
-        groups = self.optimizer.param_groups
-        written = []
-        for number, param, *_ in rows:
-            names = self.optimizer._state_names(groups[number]) + self.entries
-            written.append([param, *self._states(param, names)])
-        shared = set(_C.overlapping(written))
-        for row in sorted(shared):
-            number, param, *_ = rows[row]
-            index = next(i for i, p in enumerate(groups[number]["params"]) if p is param)
-            self._to_torch(number, index, param, SHARED_MEMORY)
-        return [row for i, row in enumerate(rows) if i not in shared]
-
-    def _to_torch(self, number: int, index: int, param: Tensor, reason: str) -> None:
-        backend = self.optimizer.backend
-        onepass = self.optimizer._onepass
-        if onepass is not None:
-            group = self.optimizer.param_groups[number]
+    def _to_torch(self, member: Member) -> None:
+        """Leaves a parameter to torch.optim, unless more was asked for than that can do."""
+        optimizer = self.optimizer
+        group = optimizer.param_groups[member.group]
+        who = f"{describe(group, member.index)} of param group {member.group}"
+        if (onepass := optimizer._onepass) is not None:
             raise ValueError(
-                f"{', '.join(onepass.options.asked) or 'accumulate()'} cannot be had for "
-                f"{describe(group, index)} of param group {number}, which torch.optim must step: "
-                f"{reason}; leave it out, or give that parameter an optimizer of its own"
+                f"{', '.join(onepass.options.asked) or 'accumulate()'} cannot be had for {who}, "
+                f"which torch.optim must step: {member.reason}; leave it out, or give that "
+                "parameter an optimizer of its own"
             )
-        if backend != "auto":
-            group = self.optimizer.param_groups[number]
+        if optimizer.backend != "auto":
             raise ValueError(
-                f"backend={backend!r} cannot update {describe(group, index)} of param group "
-                f"{number}: {reason}; use backend='auto', which leaves it to torch.optim"
+                f"backend={optimizer.backend!r} cannot update {who}: {member.reason}; use "
+                "backend='auto', which leaves it to torch.optim"
             )
-        if optimizer_dtype := self.optimizer.state_dtype:
-            group = self.optimizer.param_groups[number]
-            if self.optimizer._dtype_of_states(param) != param.dtype:
-                raise ValueError(
-                    f"state_dtype={optimizer_dtype} cannot be had for {describe(group, index)} of "
-                    f"param group {number}, which torch.optim must step: {reason}; leave "
-                    "state_dtype out, or give that parameter an optimizer of its own"
-                )
-        self.torch_params.append((number, index, param, reason))
+        if optimizer._dtype_of_states(member.param) != member.param.dtype:
+            raise ValueError(
+                f"state_dtype={optimizer.state_dtype} cannot be had for {who}, which torch.optim "
+                f"must step: {member.reason}; leave state_dtype out, or give that parameter an "
+                "optimizer of its own"
+            )
+        self.torch_params.append(member)
 
     def _report(self) -> None:
         if not self.torch_params or self.optimizer._reported_torch:
             return
         self.optimizer._reported_torch = True
-        counts = Counter(reason for *_, reason in self.torch_params)
+        counts = Counter(member.reason for member in self.torch_params)
         total = sum(len(group["params"]) for group in self.optimizer.param_groups)
         logger.warning(
             "fusedopt.%s: torch.optim steps %d of %d parameters: %s. "
@@ -238,13 +194,13 @@ class Packed:
     def refresh(self, purpose: Any = _C.Purpose.UPDATE) -> str | None:
         """Brings the plan up to date; returns why it no longer fits, having changed nothing."""
         optimizer = self.optimizer
-        for number, _, param, reason in self.torch_params:
-            if reason == SHARED_MEMORY:
+        for member in self.torch_params:
+            if member.reason == SHARED_MEMORY:
                 continue
-            if number >= len(optimizer.param_groups):
+            if member.group >= len(optimizer.param_groups):
                 return "the parameter groups have other members"
-            group = optimizer.param_groups[number]
-            now = why_torch(group, param, optimizer._backend_of(param))
+            group, reason = optimizer.param_groups[member.group], member.reason
+            now = why_torch(group, member.param, optimizer._backend_of(member.param))
             if now != reason and (now or not reason.startswith(("a state", "its states", "no "))):
                 return "a parameter's route changed"
         return self.plan.refresh(optimizer.param_groups, optimizer.state, purpose)
@@ -301,9 +257,7 @@ class Packed:
         self.created.clear()
 
 
-def torch_step(
-    optimizer: FusedOptimizer, torch_params: list[tuple[int, int, Tensor, str]], *, amp: bool
-) -> None:
+def torch_step(optimizer: FusedOptimizer, torch_params: list[Member], *, amp: bool) -> None:
     """torch.optim's own step over some of the parameters, sharing the optimizer's state.
 
     What runs is the function inside torch's ``step``, without the wrapper that fires hooks (they
@@ -316,8 +270,8 @@ def torch_step(
         stand_in.__dict__.pop("grad_scale", None)
         stand_in.__dict__.pop("found_inf", None)
     members: dict[int, list[Tensor]] = {}
-    for number, _, param, _ in torch_params:
-        members.setdefault(number, []).append(param)
+    for member in torch_params:
+        members.setdefault(member.group, []).append(member.param)
     stand_in.param_groups = [
         {**optimizer.param_groups[number], "params": params}
         for number, params in sorted(members.items())

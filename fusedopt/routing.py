@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedopt._extension import _C
 from fusedopt.backends import Backend
-
-if TYPE_CHECKING:
-    from fusedopt.optimizer import FusedOptimizer
 
 Group = dict[str, Any]
 
@@ -75,54 +73,153 @@ def why_torch(group: Group, param: Tensor, backend: Backend | None) -> str:
     return _C.why_not_fused(param, param.grad)
 
 
-def why_state_torch(param: Tensor, states: list[Tensor], others: Sequence[Tensor] = ()) -> str:
-    """Why torch.optim must step ``param``, judged by its state tensors: the rule's and others."""
+def why_state_torch(
+    param: Tensor, states: list[Tensor], others: list[Tensor], new: torch.dtype
+) -> str:
+    """Why torch.optim must step ``param``, judged by its state tensors: the rule's and others.
+
+    ``new`` is the dtype of the rule's states if there are none yet.
+    """
     for state in (*states, *others):
-        reason = _C.why_state_unfit(param, state)
-        if reason:
+        if reason := _C.why_state_unfit(param, state):
             return reason
     if len({state.dtype for state in states}) > 1:
         return "its states have several dtypes"
     grad = param if param.grad is None else param.grad
-    state = states[0] if states else param
+    state = states[0] if states else torch.empty(0, dtype=new)
     if not _C.has_kernel(param, grad, state):
         return f"no kernel is built for dtypes {param.dtype}, {grad.dtype} and {state.dtype}"
     return ""
 
 
-def repeated_params(optimizer: FusedOptimizer) -> set[int]:
-    """The ids of parameters that are listed more than once, which torch steps as often."""
-    counts = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
-    return {key for key, count in counts.items() if count > 1}
+@dataclass(frozen=True)
+class Member:
+    """A parameter of a param group.
+
+    Attributes:
+        group: Index of its param group.
+        index: Its index in the group.
+        param: The parameter.
+        backend: That which serves its device, None without one.
+        reason: Why torch.optim steps it, "" unless it does.
+    """
+
+    group: int
+    index: int
+    param: Tensor
+    backend: Backend | None
+    reason: str = ""
 
 
-def routes(optimizer: FusedOptimizer) -> Iterator[Route]:
-    """Where each parameter would be updated now. Creates no state."""
-    repeated = repeated_params(optimizer)
-    entries = []
-    for number, group in enumerate(optimizer.param_groups):
-        names = optimizer._state_names(group)
+def _place(member: Member) -> tuple[int, int]:
+    return member.group, member.index
+
+
+class Sorted(NamedTuple):
+    """The parameters by who updates them.
+
+    Attributes:
+        fused: Those that kernels update.
+        torch: Those that torch.optim steps.
+        waiting: Those that kernels will update once they have a gradient.
+    """
+
+    fused: list[Member]
+    torch: list[Member]
+    waiting: list[Member]
+
+    @property
+    def launchers(self) -> dict[str, object]:
+        """By type of device, what launches kernels there, but for the CPU's."""
+        backends = {m.param.device.type: m.backend for m in self.fused if m.backend is not None}
+        return {
+            device: launcher
+            for device, backend in backends.items()
+            if (launcher := backend.launcher()) is not None
+        }
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What kernels need to find, or will create, in a parameter's state.
+
+    Attributes:
+        states: By group, names of the rule's states, which have the parameter's shape.
+        dtype: By parameter, the dtype of those that are not there yet.
+        others: Names of further entries of the parameter's shape.
+        numbers: Names of entries of other shapes.
+    """
+
+    states: Callable[[Group], list[str]]
+    dtype: Callable[[Tensor], torch.dtype]
+    others: Sequence[str] = ()
+    numbers: Sequence[str] = ()
+
+
+def sort(
+    groups: Sequence[Group],
+    states: Mapping[Tensor, dict[str, Any]],
+    backend_of: Callable[[Tensor], Backend | None],
+    wanted: Wanted,
+) -> Sorted:
+    """Sorts parameters by who updates them now, judged by their gradients and states.
+
+    A parameter without a gradient is updated, by whatever its state has left to do, or waits if
+    part of its state is missing. Parameters that are listed more than once, or share memory, are
+    torch.optim's, which steps them one after the other.
+    """
+    sorted_ = Sorted([], [], [])
+    written = []  # by member of `fused`
+    times = Counter(id(param) for group in groups for param in group["params"])
+    for number, group in enumerate(groups):
+        names = wanted.states(group)
         for index, param in enumerate(group["params"]):
-            state = optimizer.state.get(param) or {}
-            states = [state[name] for name in names if state.get(name) is not None]
-            backend = optimizer._backend_of(param)
-            reason = why_torch(group, param, backend) or (
-                SHARED_MEMORY if id(param) in repeated else why_state_torch(param, states)
+            member = Member(number, index, param, backend_of(param))
+            reason = why_torch(group, param, member.backend)
+            if times[id(param)] > 1:
+                reason = reason or SHARED_MEMORY
+            state = states.get(param) or {}
+            own = [state[name] for name in names if state.get(name) is not None]
+            others = [state[name] for name in wanted.others if state.get(name) is not None]
+            new = wanted.dtype(param) if names else param.dtype
+            reason = reason or why_state_torch(param, own, others, new)
+            numbers = [state[name] for name in wanted.numbers if state.get(name) is not None]
+            has = len(own) + len(others) + len(numbers)
+            complete = has == len(names) + len(wanted.others) + len(wanted.numbers)
+            if not (reason or complete or param.grad is None) and torch.is_inference_mode_enabled():
+                reason = "a state would be created in inference mode"
+            if reason:
+                sorted_.torch.append(replace(member, reason=reason))
+            elif param.grad is None and not complete:
+                sorted_.waiting.append(member)
+            else:
+                sorted_.fused.append(member)
+                written.append(
+                    [param, *own, *others, *(n for n in numbers if isinstance(n, Tensor))]
+                )
+    for place in reversed(_C.overlapping(written)):
+        member = sorted_.fused.pop(place)
+        sorted_.torch.append(replace(member, reason=SHARED_MEMORY))
+    sorted_.torch.sort(key=_place)
+    return sorted_
+
+
+def routes(groups: Sequence[Group], sorted_: Sorted) -> list[Route]:
+    """Where each parameter is updated, in the order of the groups."""
+    found = []
+    for member in sorted(chain(*sorted_), key=_place):
+        names = groups[member.group].get("param_names")
+        backend = member.backend
+        found.append(
+            Route(
+                group=member.group,
+                index=member.index,
+                name=names[member.index] if names else None,
+                shape=tuple(member.param.shape),
+                dtype=member.param.dtype,
+                device=member.param.device,
+                backend="torch" if member.reason or backend is None else backend.name,
+                reason=member.reason,
             )
-            name = "torch" if reason or backend is None else backend.name
-            entries.append((number, index, param, states, reason, name))
-    fused = [entry for entry in entries if not entry[4]]
-    shared = {id(fused[i][2]) for i in _C.overlapping([[e[2], *e[3]] for e in fused])}
-    for number, index, param, _, reason, name in entries:
-        reason = reason or (SHARED_MEMORY if id(param) in shared else "")
-        param_names = optimizer.param_groups[number].get("param_names")
-        yield Route(
-            group=number,
-            index=index,
-            name=param_names[index] if param_names else None,
-            shape=tuple(param.shape),
-            dtype=param.dtype,
-            device=param.device,
-            backend="torch" if reason else name,
-            reason=reason,
         )
+    return found
