@@ -20,21 +20,9 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad, rule="adagrad"):
     State: ``step`` and ``sum``, the latter in the parameter's dtype.
 
     Args:
-        params: Parameters, named parameters or param groups; of any shape, floating or complex.
-        lr: Learning rate, a number or a tensor of one element (default: 1e-2).
-        lr_decay: Decay of the learning rate a step (default: 0).
-        weight_decay: L2 penalty, added to the gradient (default: 0).
-        initial_accumulator_value: What ``sum`` starts at (default: 0).
-        eps: Added to the root (default: 1e-10).
-        foreach, fused: Validated as torch does; they choose no arithmetic here. With fused,
-            GradScaler's scale and overflow flag are read by the kernels.
-        maximize: Ascends (default: False).
-        differentiable: Leaves the step to torch.optim's autograd-aware code (default: False).
-        backend: "auto", or the name of a backend that must update every parameter.
-        state_dtype: torch.float32 keeps the states of 16-bit parameters in fp32 (default: None).
-
-    Raises:
-        ValueError, RuntimeError: As torch's; and see `FusedOptimizer` for ours.
+        lr_decay: Decay of the learning rate a step.
+        initial_accumulator_value: What ``sum`` starts at.
+        eps: Added to the root.
 
     References:
         Duchi, Hazan, Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic

@@ -21,24 +21,10 @@ class Adam(FusedOptimizer, torch.optim.Adam, rule="adam"):
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` and, with amsgrad, ``max_exp_avg_sq``.
 
     Args:
-        params: Parameters, named parameters or param groups; of any shape, floating or complex.
-        lr: Learning rate, a number or a tensor of one element (default: 1e-3).
-        betas: Decay of the mean and of the mean square a step (default: (0.9, 0.999)).
-        eps: Added to the root, after bias correction (default: 1e-8).
-        weight_decay: L2 penalty, added to the gradient (default: 0).
-        amsgrad: Divides by the largest mean square so far (default: False).
-        foreach, fused: Validated as torch does; they choose no arithmetic here. With fused,
-            GradScaler's scale and overflow flag are read by the kernels.
-        maximize: Ascends (default: False).
-        capturable: The step can be recorded in a CUDA graph; it counts on the device. On the CPU it
-            is left to torch.optim (default: False).
-        differentiable: Leaves the step to torch.optim's autograd-aware code (default: False).
-        decoupled_weight_decay: Decays the parameter instead, as `AdamW` (default: False).
-        backend: "auto", or the name of a backend that must update every parameter.
-        state_dtype: torch.float32 keeps the states of 16-bit parameters in fp32 (default: None).
-
-    Raises:
-        ValueError, RuntimeError: As torch's; and see `FusedOptimizer` for ours.
+        betas: Decay of the mean and of the mean square a step.
+        eps: Added to the root, after bias correction.
+        amsgrad: Divides by the largest mean square so far.
+        decoupled_weight_decay: Decays the parameter instead, as `AdamW`.
 
     References:
         Kingma, Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, arXiv:1412.6980. Reddi,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame as _eval_frame
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fusedopt import amp
+from fusedopt import amp, docstrings
 from fusedopt._extension import _C
 from fusedopt.backends import BACKENDS, Backend, backend_for, check_backend
 from fusedopt.loading import check_loaded_state, check_loaded_steps
@@ -90,16 +90,18 @@ class FusedOptimizer(WithOnePass):
 
         # Programs inspect optimizers ("fused" in signature(AdamW).parameters), so the signature is
         # the installed torch's, with ours after it.
-        signature = inspect.signature(cls._torch_class.__init__)
+        theirs = inspect.signature(cls._torch_class.__init__).parameters.values()
         ours = inspect.signature(FusedOptimizer.__init__, eval_str=True).parameters.values()
         own = [option for option in ours if option.kind is inspect.Parameter.KEYWORD_ONLY]
-        init.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*signature.parameters.values(), *own]
-        )
+        signature = inspect.Signature([*theirs, *own])
+        init.__signature__ = signature  # type: ignore[attr-defined]
         init.__name__ = "__init__"
         init.__qualname__ = f"{cls.__qualname__}.__init__"
         init.__doc__ = cls._torch_class.__init__.__doc__
         cls.__init__ = init  # type: ignore[method-assign]
+        if cls.__doc__ and FusedOptimizer.__doc__:
+            arguments = signature.replace(parameters=[*theirs, *own][1:])
+            cls.__doc__ = docstrings.complete(cls.__doc__, FusedOptimizer.__doc__, arguments)
 
     def __init__(
         self,

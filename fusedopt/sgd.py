@@ -19,21 +19,9 @@ class SGD(FusedOptimizer, torch.optim.SGD, rule="sgd"):
     State: ``momentum_buffer`` with momentum, in the parameter's dtype.
 
     Args:
-        params: Parameters, named parameters or param groups; of any shape, floating or complex.
-        lr: Learning rate, a number or a tensor of one element (default: 1e-3).
-        momentum: Decay of the momentum buffer a step, 0 for none (default: 0).
-        dampening: Share of the gradient kept out of the buffer after the first step (default: 0).
-        weight_decay: L2 penalty, added to the gradient (default: 0).
-        nesterov: Looks ahead by one step of momentum (default: False).
-        maximize: Ascends (default: False).
-        foreach, fused: Validated as torch does; they choose no arithmetic here. With fused,
-            GradScaler's scale and overflow flag are read by the kernels.
-        differentiable: Leaves the step to torch.optim's autograd-aware code (default: False).
-        backend: "auto", or the name of a backend that must update every parameter.
-        state_dtype: torch.float32 keeps the states of 16-bit parameters in fp32 (default: None).
-
-    Raises:
-        ValueError, RuntimeError: As torch's; and see `FusedOptimizer` for ours.
+        momentum: Decay of the momentum buffer a step, 0 for none.
+        dampening: Share of the gradient kept out of the buffer after the first step.
+        nesterov: Looks ahead by one step of momentum.
 
     References:
         Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep
