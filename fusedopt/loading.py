@@ -1,39 +1,63 @@
-"""Whether a loaded state fits the parameters it was loaded for."""
+"""Whether a loaded state fits the parameters it is loaded for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 from torch import Tensor
 
-from fusedopt.onepass import ACCUMULATOR, AVERAGE
 from fusedopt.routing import Group, describe
 
-if TYPE_CHECKING:
-    from fusedopt.optimizer import FusedOptimizer
+States = Mapping[Tensor, dict[str, Any]]
 
 
-def check_loaded_steps(optimizer: FusedOptimizer, loaded: dict[str, Any]) -> None:
-    """Raises ValueError, naming the parameter, for a loaded state without the step that it needs.
+def by_param(groups: Sequence[Group], state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+    """A state dict's states, as they were saved, by the parameters of these groups."""
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in groups)
+    return {
+        param: state_dict["state"].get(number) or {}
+        for number, param in zip(saved, params, strict=False)  # torch says what is wrong with those
+    }
 
-    For before torch's ``__setstate__``, which reads the step counts.
+
+def check_steps(groups: Sequence[Group], states: States, class_name: str) -> None:
+    """Raises ValueError, naming the parameter, for a state without a step count.
+
+    For before torch's ``__setstate__``, which reads them.
     """
-    if optimizer._has_step:
-        for where, _, _, state in _states_by_param(loaded["param_groups"], loaded["state"]):
-            if state.get("step") is None:
-                raise _missing(optimizer, where, "step", state)
+    for where, _, _, state in _states_by_param(groups, states):
+        if state.get("step") is None:
+            raise _missing(where, "step", state, class_name)
 
 
-def check_loaded_state(optimizer: FusedOptimizer) -> None:
-    """Raises ValueError, naming the parameter, for a state of a wrong shape or a missing one."""
-    for where, group, param, state in _states_by_param(optimizer.param_groups, optimizer.state):
-        present = [name for name in (ACCUMULATOR, AVERAGE) if name in state]
-        for name in [*optimizer._state_names(group), *present]:
+def check_states(
+    groups: Sequence[Group],
+    states: States,
+    names: Callable[[Group], list[str]],
+    others: Sequence[str],
+    class_name: str,
+    *,
+    complete: bool,
+) -> None:
+    """Raises ValueError, naming the parameter, for a state of a wrong shape or a missing one.
+
+    Args:
+        groups: The param groups that the state is loaded for.
+        states: What is loaded, by parameter.
+        names: Those of a group's states.
+        others: Names of entries of the parameter's shape that a parameter may have, too.
+        class_name: For the message.
+        complete: Whether a parameter that has a state has all of ``names``.
+    """
+    for where, group, param, state in _states_by_param(groups, states):
+        for name in [*names(group), *(name for name in others if name in state)]:
             value = state.get(name)
             if value is None:
-                if optimizer._has_step and name not in present:
-                    raise _missing(optimizer, where, name, state)
+                if complete and name not in others:
+                    raise _missing(where, name, state, class_name)
             elif not isinstance(value, Tensor):
                 raise ValueError(
                     f"{where}: {name!r} is {value!r}, wanted a tensor of the parameter's shape; "
@@ -47,19 +71,19 @@ def check_loaded_state(optimizer: FusedOptimizer) -> None:
 
 
 def _states_by_param(
-    param_groups: list[Group], states: dict[Tensor, dict[str, Any]]
+    groups: Sequence[Group], states: States
 ) -> Iterator[tuple[str, Group, Tensor, dict[str, Any]]]:
     """What error messages call it, group, parameter and state, where a parameter has a state."""
     number = -1
-    for group in param_groups:
+    for group in groups:
         for index, param in enumerate(group["params"]):
             number += 1
             if state := states.get(param):
                 yield f"state of {describe(group, index)} (number {number})", group, param, state
 
 
-def _missing(optimizer: FusedOptimizer, where: str, name: str, state: dict[str, Any]) -> ValueError:
+def _missing(where: str, name: str, state: dict[str, Any], class_name: str) -> ValueError:
     return ValueError(
         f"{where}: {name!r} is missing (found {sorted(state)}); load a checkpoint of "
-        f"{type(optimizer).__name__} with the same flags. Nothing was loaded."
+        f"{class_name} with the same flags. Nothing was loaded."
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
@@ -16,8 +16,16 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fusedopt import amp, docstrings
 from fusedopt._extension import _C
 from fusedopt.backends import BACKENDS, Backend, backend_for, check_backend
-from fusedopt.loading import check_loaded_state, check_loaded_steps
-from fusedopt.onepass import ENTRIES, WINDOW, OnePass, Options, arithmetic_dtype
+from fusedopt.loading import by_param, check_states, check_steps
+from fusedopt.onepass import (
+    ACCUMULATOR,
+    AVERAGE,
+    ENTRIES,
+    WINDOW,
+    OnePass,
+    Options,
+    arithmetic_dtype,
+)
 from fusedopt.packing import Packed
 from fusedopt.routing import Route, Sorted, Wanted, describe, routes, sort, why_torch
 from fusedopt.with_onepass import WithOnePass
@@ -133,7 +141,6 @@ class FusedOptimizer(WithOnePass):
             accumulation_reduction,
             accumulation_dtype,
         )
-        self._loading: dict[str, Any] | None = None
         self._forget()
         super().__init__(*args, **kwargs)
         for param, state in self.state.items():  # some torch classes create states here
@@ -359,39 +366,56 @@ class FusedOptimizer(WithOnePass):
                     del self.state[param]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; states take the dtype that ``state_dtype`` declares, without a detour."""
+        """As torch's, but all or nothing; states take the dtype that ``state_dtype`` declares."""
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        saved = by_param(self.param_groups, state_dict)
+        if self._has_step:
+            check_steps(self.param_groups, saved, type(self).__name__)
+        # torch loads into a stand-in, so that what does not fit leaves this as it was.
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        new._optimizer_load_state_dict_post_hooks = OrderedDict()
+        super(FusedOptimizer, new).load_state_dict(state_dict)
+        for param, state in saved.items():
+            for name, value in state.items():
+                # torch has cast all of them to the parameter's dtype.
+                if isinstance(value, Tensor) and (where := self._declared(param, name)):
+                    new.state[param][name] = value.to(*where)
+        check_states(
+            new.param_groups,
+            new.state,
+            self._state_names,
+            (ACCUMULATOR, AVERAGE),
+            type(self).__name__,
+            complete=self._has_step,
+        )
+        new._restore_window()
+        self.state, self.param_groups, self._onepass = new.state, new.param_groups, new._onepass
+        self._packed = None
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
-        def remember(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
-            self._loading = loaded
+    def _declared(self, param: Tensor, name: str) -> tuple[torch.device, torch.dtype] | None:
+        """Where an entry of the state is to be, and in which dtype; None where torch decides."""
+        if name == WINDOW:
+            return torch.device("cpu"), torch.float64
+        if name in ENTRIES:
+            return param.device, arithmetic_dtype(param)
+        if self.state_dtype is not None and name in self._all_state_names:
+            return param.device, self._dtype_of_states(param)
+        return None
 
-        # torch's cast goes to the parameter's dtype. Registered last, this sees what a user's hooks
-        # have made of the dict.
-        handle = self.register_load_state_dict_pre_hook(remember)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self._loading = None
-
-    def _declared(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A loaded state whose tensors torch has cast, with those in their declared dtype again."""
-        if self._loading is None:
-            return state
-        old = chain.from_iterable(group["params"] for group in self._loading["param_groups"])
-        new = chain.from_iterable(group["params"] for group in self.param_groups)
-        for number, param in zip(old, new, strict=True):
-            loaded = self._loading["state"].get(number, {})
-            dtypes = dict.fromkeys(ENTRIES, arithmetic_dtype(param))
-            if self.state_dtype is not None:
-                dtypes |= dict.fromkeys(self._all_state_names, self._dtype_of_states(param))
-            for name in dtypes.keys() & loaded.keys():
-                value = loaded[name]
-                if isinstance(value, Tensor):
-                    where = (
-                        ("cpu", torch.float64) if name == WINDOW else (param.device, dtypes[name])
-                    )
-                    state["state"][param][name] = value.to(*where)
-        return state
+    def _restore_window(self) -> None:
+        """Continues the window of micro-batches that the state was saved in."""
+        if self._onepass is not None or any(WINDOW in state for state in self.state.values()):
+            block = self._onepass.block if self._onepass is not None else None
+            self._onepass = OnePass(self._options)
+            self._onepass.restore(self)
+            self._onepass.block = self._onepass.group = block
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
@@ -399,24 +423,7 @@ class FusedOptimizer(WithOnePass):
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes a pickled or loaded state; one that does not fit leaves everything as it was."""
-        before = self.__dict__.copy()
-        try:
-            if "_captured" not in before:  # unpickled or copied
-                options = state.get("_options", Options())
-                self.__dict__.update(backend="auto", state_dtype=None, _loading=None)
-                self._options = options
-                self._forget()
-            check_loaded_steps(self, state)
-            super().__setstate__(self._declared(state))
-            check_loaded_state(self)
-            if self._onepass is not None or any(WINDOW in s for s in self.state.values()):
-                block = self._onepass.block if self._onepass is not None else None
-                self._onepass = OnePass(self._options)
-                self._onepass.restore(self)
-                self._onepass.block = self._onepass.group = block
-        except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
-        self._packed = None
+        super().__setstate__(state)
+        if "_options" in state:  # of a copy or a pickle, and not what torch loads
+            self._forget()
+            self._restore_window()
