@@ -30,7 +30,7 @@ class GradScaler(torch.amp.GradScaler):
         >>> scaler.scale(weight.square().sum()).backward()
         >>> scaler.step(optimizer)
         >>> scaler.update()
-        >>> weight.item(), optimizer.grad_norm.item()
+        >>> round(weight.item(), 3), optimizer.grad_norm.item()
         (0.5, 2.0)
     """
 

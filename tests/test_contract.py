@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import re
 
 import pytest
 import torch
@@ -28,6 +29,16 @@ def test_signature_is_torchs_with_ours_after_it(case):
             assert parameters[name].default == parameter.default
         assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in ours)
     assert list(inspect.signature(case.fused()(make_params()).step).parameters) == ["closure"]
+
+
+@EACH_CASE
+def test_help_describes_every_argument_once_with_its_default(case):
+    text = " ".join(inspect.getdoc(case.fused()).split("Raises:")[0].split())
+    for name, parameter in inspect.signature(case.fused()).parameters.items():
+        (described,) = re.findall(rf" {name}: (.*?)(?= \w+: [A-Z\"t]|$)", text)
+        assert "As torch's." not in described, f"{name} is not described"
+        if parameter.default is not inspect.Parameter.empty:
+            assert described.endswith(f"(default: {parameter.default!r})."), described
 
 
 @EACH_CASE

@@ -1,5 +1,7 @@
 """The documentation does what it says: its Python runs, its links lead somewhere."""
 
+import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -53,6 +55,21 @@ def test_examples_run(page, tmp_path, monkeypatch):
         assert run(page)
     finally:
         torch.set_num_threads(threads)
+
+
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "fusedopt").rglob("*.py"))
+    if ">>> " in path.read_text()
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings_run(module):
+    results = doctest.testmod(importlib.import_module(module))
+    assert results.attempted
+    assert not results.failed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)

@@ -27,6 +27,7 @@ SHARED = {  # modules of no rule
         "amp",
         "backends",
         "backward_parts",
+        "docstrings",
         "elsewhere",
         "functional",
         "grad_scaler",

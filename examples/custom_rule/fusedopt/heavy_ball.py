@@ -33,13 +33,7 @@ class HeavyBall(FusedOptimizer, _HeavyBall, rule="heavy_ball"):
     State: ``momentum_buffer``, in the parameter's dtype.
 
     Args:
-        params: Parameters or param groups; of any shape.
-        lr: Learning rate (default: 1e-3).
-        momentum: Decay of the buffer a step (default: 0.9).
-        backend: "auto", or the name of a backend that must update every parameter.
-
-    Raises:
-        ValueError: lr or momentum out of range; and see `FusedOptimizer`.
+        momentum: Decay of the buffer a step.
 
     References:
         Polyak, "Some methods of speeding up the convergence of iteration methods", 1964.
