@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame as _eval_frame
 
 from fusedopt.backward_parts import Part, Streams
-from fusedopt.elsewhere import check_nobody_else_accumulates
+from fusedopt.framework_checks import check_no_framework_accumulates
 from fusedopt.onepass import _initializes
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.routing import describe
@@ -342,7 +342,7 @@ class InBackward:
             self._looked_for_wrappers = True
         self.adopt()
         if optimizer.accumulation_steps > 1:
-            check_nobody_else_accumulates(optimizer)
+            check_no_framework_accumulates()
             self._part = Part(optimizer)
 
     def _finish(self) -> None:

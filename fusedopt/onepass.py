@@ -6,6 +6,7 @@ An optimizer whose step does none of this has no `OnePass`, and its step is the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fusedopt import ranks
 from fusedopt._extension import _C
-from fusedopt.elsewhere import check_nobody_else_accumulates
+from fusedopt.framework_checks import check_no_framework_accumulates
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
@@ -231,11 +232,11 @@ class OnePass:
         """Whether the next ``step()`` updates parameters."""
         return self.micro_batches + 1 >= self.options.accumulation_steps
 
-    def step(self, optimizer: FusedOptimizer) -> None:
-        """Takes a step, or counts a micro-batch."""
+    def step(self, optimizer: FusedOptimizer, closure: Callable[[], Any] | None = None) -> None:
+        """Takes a step, or counts a micro-batch; the closure is that of ``step()``."""
         steps = self.options.accumulation_steps
-        if steps > 1 or self.micro_batches:
-            check_nobody_else_accumulates(optimizer)
+        if (steps > 1) == (self.micro_batches == 0):  # once a window, of either kind
+            check_no_framework_accumulates(closure)
         self._asked = None
         if steps == 1:
             # Gradients inside of accumulating() are this rank's alone, and never an update's.
@@ -262,7 +263,7 @@ class OnePass:
                 "which step() itself counts micro-batches; leave accumulation_steps out, or call "
                 "step() alone"
             )
-        check_nobody_else_accumulates(optimizer)
+        check_no_framework_accumulates()
         self._asked = None
         if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(

@@ -177,7 +177,7 @@ class FusedOptimizer(WithOnePass):
             return loss
         if self._onepass is not None:
             self._check_not_swapped()
-            self._onepass.step(self)
+            self._onepass.step(self, closure)
             return loss
         packed = self._packed
         if packed is None or packed.refresh() is not None:

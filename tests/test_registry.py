@@ -28,7 +28,7 @@ SHARED = {  # modules of no rule
         "backends",
         "backward_parts",
         "docstrings",
-        "elsewhere",
+        "framework_checks",
         "functional",
         "grad_scaler",
         "in_backward",
