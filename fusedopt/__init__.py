@@ -10,9 +10,9 @@ from fusedopt.adagrad import Adagrad
 from fusedopt.adam import Adam
 from fusedopt.adamw import AdamW
 from fusedopt.backends import cpu_tier, cpu_tiers
+from fusedopt.data_parallel import accumulating
 from fusedopt.grad_scaler import GradScaler
 from fusedopt.in_backward import step_in_backward
-from fusedopt.ranks import accumulating
 from fusedopt.rmsprop import RMSprop
 from fusedopt.routing import Route
 from fusedopt.sgd import SGD

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fusedopt import ranks
+from fusedopt import distributed
 from fusedopt._extension import _C
 from fusedopt.framework_checks import check_no_framework_accumulates
 
@@ -293,7 +293,7 @@ class OnePass:
                 "Nothing was changed"
             )
         if self.group is not None:
-            ranks.add_up_window(optimizer, self)
+            self._add_up(optimizer)
             self.group, self.to_add_up = None, False
         elif purpose == _C.Purpose.FLUSH and not self._weighed_on_device:
             self.check_weights(self.micro_batches, self._given)
@@ -306,9 +306,48 @@ class OnePass:
         elif not took_place:
             packed.undo()
 
-    def told(self) -> list[float]:
-        """What other ranks are told of the window: micro-batches, weight given, if on devices."""
-        return [float(self.micro_batches), self._given, float(self._weighed_on_device)]
+    def _add_up(self, optimizer: FusedOptimizer) -> None:
+        """Adds up the accumulators and weights of the window over the ranks.
+
+        Raises:
+            Exception: a rank cannot step. All of them raise, none is left waiting, and nothing has
+                been changed.
+        """
+        core = self.core
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        failure = None
+        try:
+            optimizer._fit(_C.Purpose.FLUSH)
+        except Exception as error:  # for the others to hear of
+            failure = error
+        taken = [float(p in optimizer.state and core.taken(p)) for p in params]
+        window = [float(self.micro_batches), self._given, float(self._weighed_on_device)]
+        failed, micro_batches, given, on_devices, weight, *taken = distributed.add_up_numbers(
+            [float(failure is not None), *window, core.window_weight, *taken],
+            params[0].device,
+            self.group,
+        )
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RuntimeError(
+                f"{failed:.0f} of the other ranks cannot step, and say why. Nothing was changed"
+            )
+        if not on_devices:
+            self.check_weights(micro_batches, given)
+        members = [p for p, ranks in zip(params, taken, strict=True) if ranks]
+        new = [p for p in members if ACCUMULATOR not in optimizer.state.get(p, {})]
+        for param in new:  # only other ranks have had gradients of it
+            param.grad = torch.zeros_like(param)
+        if new:
+            optimizer._fit(_C.Purpose.ACCUMULATE).created.clear()
+        for param in new:
+            param.grad = None
+        sums = [optimizer.state[p][ACCUMULATOR] for p in members]
+        distributed.add_up_tensors(sums, self.group, mean=not core.mean)
+        for param in members:
+            core.remember(param, True, core.fresh(param))
+        core.window_weight = weight
 
     def check_weights(self, micro_batches: float, given: float) -> None:
         """Raises if micro-batches have been given no weight."""

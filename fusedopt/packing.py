@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused, _get_scalar_dtype
 
-from fusedopt import ranks
+from fusedopt import distributed
 from fusedopt._extension import _C
 from fusedopt.routing import SHARED_MEMORY, Group, Member, describe, why_torch
 
@@ -236,7 +236,7 @@ class Packed:
                 getattr(optimizer, "found_inf", None),
                 1.0 if isinstance(weight, Tensor) else float(weight),
                 live,
-                ranks.add_up_shards,
+                distributed.add_up_shards,
             )
         except BaseException:
             self.undo()

@@ -71,6 +71,33 @@ class WithOnePass(torch.optim.Optimizer):
             self._in_backward.refuse_accumulate()
         self._need_onepass().accumulate(cast("FusedOptimizer", self), weight)
 
+    @contextmanager
+    def _accumulating_over(self, group: Any) -> Iterator[None]:
+        """Gradients are one rank's alone; their sums are added up over a process group's ranks."""
+        onepass = self._need_onepass()
+        if onepass.micro_batches and onepass.group is None and not onepass.to_add_up:
+            raise RuntimeError(
+                f"the window has {onepass.micro_batches} micro-batches that are summed up over the "
+                "ranks already; enter accumulating() where a window begins"
+            )
+        if onepass.group is not None and onepass.group is not group:
+            raise RuntimeError(
+                "the window is one of another process group; models that share an optimizer must "
+                "share their process group, too"
+            )
+        if not onepass.core.accumulates:  # a rank without a micro-batch takes part all the same
+            onepass.core.accumulates = True
+            self._packed = None
+        around = onepass.block
+        onepass.block = onepass.group = group
+        try:
+            yield
+        finally:
+            onepass = self._need_onepass()  # load_state_dict() makes another one
+            onepass.block = around
+            if not onepass.micro_batches:
+                onepass.group = around
+
     @property
     def will_step(self) -> bool:
         """Whether the next `step` updates, instead of only counting a micro-batch."""

@@ -218,12 +218,12 @@ def buckets_are_of_one_dtype_and_of_limited_size(world, mesh):
         model = Mixed()
         wrapped, done = ddp(mesh, model), {}
         optimizer = fusedopt.SGD(model.parameters(), lr=1.0)
-        fusedopt.ranks._BUCKET_BYTES = limit
+        fusedopt.distributed._BUCKET_BYTES = limit
         with counted_collectives(wrapped, done), fusedopt.accumulating(wrapped, optimizer):
             wrapped([1.0 + world.rank] * 4).backward()
             optimizer.accumulate(weight=1 + world.rank)
             optimizer.step()
-        fusedopt.ranks._BUCKET_BYTES = 25 * 2**20
+        fusedopt.distributed._BUCKET_BYTES = 25 * 2**20
         sizes.append(done["python"])
         ends.append([p.detach() for p in model.parameters()])
         for param, start in zip(model.parameters(), Mixed().parameters(), strict=True):

@@ -27,6 +27,8 @@ SHARED = {  # modules of no rule
         "amp",
         "backends",
         "backward_parts",
+        "data_parallel",
+        "distributed",
         "docstrings",
         "framework_checks",
         "functional",
@@ -34,7 +36,7 @@ SHARED = {  # modules of no rule
         "in_backward",
         "loading",
     ),
-    *("onepass", "optimizer", "packing", "ranks", "routing", "with_onepass"),
+    *("onepass", "optimizer", "packing", "routing", "with_onepass"),
 }
 SHARED_KERNELS = {"floor", "launcher", "math", "multi_tensor", "norm"}
 # What must not know a rule by name, and would have to change with every rule if it did: all sources
