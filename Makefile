@@ -10,14 +10,15 @@ SOURCES := $(shell find csrc) setup.py pyproject.toml \
 CPP := $(shell find csrc tests/cpp examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SET_UP := $(VENV)/.set-up
 BUILT := $(VENV)/.built
+WORKERS ?= 2
 SANITIZED := build/cpp-sanitize
 # Which of the files in examples/ are scripts, in the order of docs/gallery.md.
 EXAMPLES := $(patsubst %,examples/%.py, \
   convergence surfaces digits_race schedules sgd_parameters custom_rule)
 
 .DEFAULT_GOAL := help
-.PHONY: help build bench bench-peers bench-docs examples test test-long test-cpp lint format clean
-.PHONY: check-python
+.PHONY: help build bench bench-peers bench-docs examples test test-tools test-long test-cpp
+.PHONY: lint format clean check-python
 ifeq ($(wildcard fusedopt/_build_info.py),)
 .PHONY: $(BUILT)
 endif
@@ -25,7 +26,8 @@ endif
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo 'Variables: PYTHON (makes the virtual environment), VENV (where), MAX_JOBS (compilers at'
-	@echo 'once), BENCH_ARGS, EXAMPLE_ARGS, PYTEST_ARGS. `make test PYTEST_ARGS="-k adam"` runs a part.'
+	@echo 'once), WORKERS (processes of tests), BENCH_ARGS, EXAMPLE_ARGS, PYTEST_ARGS.'
+	@echo '`make test PYTEST_ARGS="-n 0 -k adam"` runs a part.'
 
 build: $(BUILT) ## build the extension in place
 
@@ -50,11 +52,17 @@ bench-peers: $(BUILT) ## install the libraries that the step is compared with, a
 bench-docs: $(BUILT) ## write the tables of README.md and docs/ from bench/results
 	$(PY) -m fusedopt.bench report --update-docs $(BENCH_ARGS)
 
-test: $(BUILT) ## the tests that are not slow
-	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
+# A core for each process, which the tests of threads override; the slowest tests are listed.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup \
+  --durations=15 --durations-min=5
+test: $(BUILT) ## the tests, but for those of the tools and the slow ones
+	$(PYTEST) -m "not slow and not tools" $(PYTEST_ARGS)
+
+test-tools: $(BUILT) ## the tests of the benchmark, the examples and the docs
+	$(PYTEST) -m "tools and not slow" $(PYTEST_ARGS)
 
 test-long: $(BUILT) ## the slow tests
-	$(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-cpp: $(SET_UP) ## the C++ tests under AddressSanitizer and UBSan
 	$(TOOLS) cmake -S . -B $(SANITIZED) -G Ninja -DFUSEDOPT_SANITIZE=ON \

@@ -1,5 +1,7 @@
 """Fixtures that several suites share."""
 
+from collections import Counter
+
 import pytest
 import torch
 from devices import Cuda, Host, Interpreted, Rehearsed, TritonOnCuda, needs
@@ -8,6 +10,8 @@ from fusedopt import backends
 
 ON_A_GPU = [pytest.param(p, marks=needs(p.backend)) for p in (Cuda, TritonOnCuda)]
 PLACES = [Rehearsed, Interpreted, *ON_A_GPU]
+TOOLS = ("test_bench", "test_docs", "test_examples", "test_gpu_check")
+GPU_ROWS = pytest.StashKey[tuple[int, Counter[str]]]()
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: place.name)
@@ -36,11 +40,42 @@ def check_hint(handle, key, value):
     assert (handle.data % value[0] == 0).all()
 
 
-def pytest_collection_modifyitems(items):
-    """Leaves to the long run what the interpreter, slow as it is, shows in fewer cases as well."""
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # one of several processes
+        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        interpreted = Interpreted in params.values()
-        grouped = "whatever_the_number_of_groups" in item.name and "sgd" not in item.name
-        if interpreted and (grouped or params.get("dtype") in (torch.float64, torch.float16)):
-            item.add_marker(pytest.mark.slow)
+        # What a module's tests share is made in one of the processes of pytest-xdist only.
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        module = item.nodeid.partition("::")[0]
+        if any(f.scope != "function" and f.baseid == module for f, *_ in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if item.path.stem.startswith(TOOLS):
+            item.add_marker(pytest.mark.tools)
+        leave_to_the_long_run(item)
+    missing = {item: [m.args[0] for m in item.iter_markers("gpu")] for item in items}
+    left_out = [item for item in items if any(missing[item])]
+    config.stash[GPU_ROWS] = (
+        sum(bool(reasons) and not any(reasons) for reasons in missing.values()),
+        Counter(next(filter(None, missing[item])) for item in left_out),
+    )
+    items[:] = [item for item in items if not any(missing[item])]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def leave_to_the_long_run(item):
+    """What the interpreter, slow as it is, shows in fewer cases as well."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    grouped = "whatever_the_number_of_groups" in item.name and "sgd" not in item.name
+    half = params.get("dtype") in (torch.float64, torch.float16)
+    if Interpreted in params.values() and (grouped or half):
+        item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def gpu_rows(pytestconfig):
+    """How many tests on a GPU were collected, and how many were left out, by what is missing."""
+    return pytestconfig.stash[GPU_ROWS]

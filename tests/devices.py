@@ -2,7 +2,7 @@
 
 A test that takes the `place` fixture runs in all of them: the CUDA kernels' bodies and the Triton
 kernels in their interpreter, both over CPU tensors as if these were a device's; and both on a GPU,
-which is skipped, visibly, where there is none.
+where there is one.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from fusedopt import _C, backends
 
 
 def needs(backend: str) -> pytest.MarkDecorator:
-    """Skips a test where a GPU's backend is missing, and says why it is."""
-    reason = backends.BACKENDS[backend].missing()
-    if not reason and not torch.cuda.is_available():
-        reason = "torch sees no CUDA device"
-    return pytest.mark.skipif(bool(reason), reason=f"needs a GPU: {reason}")
+    """Marks what runs on a GPU alone, with what is missing here; conftest.py leaves it out."""
+    missing = backends.BACKENDS[backend].missing()
+    if not missing and not torch.cuda.is_available():
+        missing = "torch sees no CUDA device"
+    return pytest.mark.gpu(missing)
 
 
-needs_two_gpus = pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason=f"needs two GPUs, there are {torch.cuda.device_count()}"
-)
+needs_cuda = pytest.mark.gpu("" if torch.cuda.is_available() else "torch sees no CUDA device")
+needs_two_gpus = pytest.mark.gpu("" if torch.cuda.device_count() > 1 else "there are no two GPUs")
 
 
 class Place:

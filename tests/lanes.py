@@ -14,6 +14,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from devices import needs_cuda
 
 from fusedopt import _C
 from fusedopt.data import DevicePrefetcher
@@ -109,7 +110,6 @@ def to_cuda(loader, depth=2, **kwargs):
     return prefetcher
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WAYS = [
     pytest.param(to_cpu, id="cpu"),
     pytest.param(rehearsed, id="rehearsed"),

@@ -241,3 +241,12 @@ def test_the_build_covers_this_device():
     capability = torch.cuda.get_device_capability()
     assert backends.covers(backends._build_info.CUDA_ARCHITECTURES, capability)
     assert _C.cuda_launcher() is not None
+
+
+def test_what_needs_a_gpu_is_left_out_where_there_is_none_only(gpu_rows):
+    collected, left_out = gpu_rows
+    assert bool(collected) == torch.cuda.is_available()
+    assert bool(left_out) == (not collected or torch.cuda.device_count() < 2)
+    if left_out:
+        rows = (f"{n} tests: {missing}" for missing, n in left_out.items())
+        pytest.skip(f"needs a GPU, and is not collected: {'; '.join(rows)}")

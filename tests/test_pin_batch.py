@@ -6,6 +6,7 @@ from collections import OrderedDict, UserDict, UserList, defaultdict, namedtuple
 
 import pytest
 import torch
+from devices import needs_cuda
 
 from fusedopt.data import pin_batch, pinning, structure
 
@@ -170,7 +171,7 @@ def test_without_a_gpu_nothing_is_pinned_and_that_is_said_once(monkeypatch):
         assert pin_batch(batch) is batch
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_cuda
 def test_on_a_gpu_memory_is_page_locked():
     found = pin_batch({"x": tensor(), "y": Sample(tensor(), "cat", [tensor()])})
     assert all(leaf.is_pinned() for leaf in structure.leaves_of(found) if torch.is_tensor(leaf))
