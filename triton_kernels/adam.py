@@ -31,7 +31,6 @@ class Hyper(NamedTuple):
 
 
 AMSGRAD = tl.constexpr(1)
-DECOUPLED = tl.constexpr(2)
 
 
 class Scalars(NamedTuple):
@@ -44,8 +43,8 @@ class Scalars(NamedTuple):
     eps: tl.tensor
     step_size: tl.tensor  # lr / (1 - beta1^step)
     inv_sqrt_bias_correction2: tl.tensor  # 1 / sqrt(1 - beta2^step)
-    weight_decay: tl.tensor  # coupled
-    decay: tl.tensor  # decoupled: 1 - lr * weight_decay
+    weight_decay: tl.tensor  # coupled; 0 if decoupled
+    decay: tl.tensor  # decoupled: 1 - lr * weight_decay; 1 if coupled
 
 
 @device
@@ -53,6 +52,7 @@ def prepare(h, step, first):
     """The scalars of a step, in double."""
     bias_correction1 = 1.0 - power(h.beta1, step)
     bias_correction2 = 1.0 - power(h.beta2, step)
+    decoupled = h.decoupled_weight_decay != 0
     return Scalars(
         h.beta1,
         1.0 - h.beta1,
@@ -61,8 +61,8 @@ def prepare(h, step, first):
         h.eps,
         div(h.lr, bias_correction1),
         div(1.0, sqrt(bias_correction2)),
-        h.weight_decay,
-        1.0 - h.lr * h.weight_decay,
+        tl.where(decoupled, 0.0, h.weight_decay),
+        tl.where(decoupled, 1.0 - h.lr * h.weight_decay, 1.0),
     )
 
 
@@ -71,16 +71,15 @@ def update(param, grad, state, s, VARIANT: tl.constexpr):
     """The new parameter and states."""
     exp_avg = state[0]
     exp_avg_sq = state[1]
-    if (VARIANT & DECOUPLED) != 0:
+    if s.decay != 1:
         param = param * s.decay
-    else:
-        if s.weight_decay != 0:
-            grad = grad + s.weight_decay * param
+    if s.weight_decay != 0:
+        grad = grad + s.weight_decay * param
     exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * grad
     exp_avg_sq = s.beta2 * exp_avg_sq + (s.one_minus_beta2 * grad) * grad
     second_moment = exp_avg_sq
     new_state = (exp_avg, exp_avg_sq)
-    if (VARIANT & AMSGRAD) != 0:
+    if VARIANT == AMSGRAD:
         max_exp_avg_sq = state[2]
         max_exp_avg_sq = max(max_exp_avg_sq, exp_avg_sq)
         second_moment = max_exp_avg_sq

@@ -1,7 +1,6 @@
 """AdamW, Adam with decoupled weight decay: the twin of ``csrc/rules/adamw.h``.
 
-The arithmetic is Adam's: its DECOUPLED variants, chosen by the group's
-``decoupled_weight_decay``, which torch.optim.AdamW sets.
+The arithmetic is Adam's, with the group's ``decoupled_weight_decay``, which torch.optim.AdamW sets.
 """
 
 from .adam import Hyper, Scalars, prepare, update

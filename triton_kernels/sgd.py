@@ -27,8 +27,7 @@ class Hyper(NamedTuple):
     nesterov: tl.tensor
 
 
-PLAIN = tl.constexpr(0)
-NESTEROV = tl.constexpr(2)
+MOMENTUM = tl.constexpr(1)
 
 
 class Scalars(NamedTuple):
@@ -36,7 +35,8 @@ class Scalars(NamedTuple):
 
     lr: tl.tensor
     weight_decay: tl.tensor
-    momentum: tl.tensor  # of the look-ahead, every step
+    nesterov: tl.tensor  # 0 or 1
+    momentum: tl.tensor  # of Nesterov's look-ahead, every step
     buffer_decay: tl.tensor  # momentum, 0 on the first step
     buffer_weight: tl.tensor  # 1 - dampening, 1 on the first step
 
@@ -47,6 +47,7 @@ def prepare(h, step, first):
     return Scalars(
         h.lr,
         h.weight_decay,
+        h.nesterov,
         h.momentum,
         tl.where(first, 0.0, h.momentum),
         tl.where(first, 1.0, 1.0 - h.dampening),
@@ -58,10 +59,10 @@ def update(param, grad, state, s, VARIANT: tl.constexpr):
     """The new parameter and states."""
     if s.weight_decay != 0:
         grad = grad + s.weight_decay * param
-    if VARIANT != PLAIN:
+    if VARIANT == MOMENTUM:
         buffer = state[0]
         buffer = s.buffer_decay * buffer + s.buffer_weight * grad
-        if VARIANT == NESTEROV:
+        if s.nesterov != 0:
             grad = grad + s.momentum * buffer
         else:
             grad = buffer

@@ -2,10 +2,10 @@
 // each tier's unit, after it defined FUSEDOPT_TIER and FUSEDOPT_VECTOR_BYTES.
 #pragma once
 
+#include "core/dispatch.h"
 #include "core/floor.h"
 #include "cpu/tiers.h"
 #include "cpu/vec.h"
-#include "rules/all.h"
 
 namespace fusedopt::FUSEDOPT_TIER {
 namespace {
@@ -325,48 +325,24 @@ struct ReadFloor {
   }
 };
 
-template <class Rule, int kVariant>
-FUSEDOPT_INLINE Kernel by_storage(int storage) {
-  constexpr Kernel kKernels[] = {
-#define FUSEDOPT_KERNEL(P, G, S)                                               \
-  Update<Rule, kVariant, StorageOf<DType::P>::Type, StorageOf<DType::G>::Type, \
-         StorageOf<DType::S>::Type>::run,
-      FUSEDOPT_FOR_EACH_STORAGE(FUSEDOPT_KERNEL)
-#undef FUSEDOPT_KERNEL
-  };
-  return kKernels[storage];
-}
-
-template <class Rule, int kVariant = 0>
-Kernel by_variant(int variant, int storage) {
-  if constexpr (kVariant < Rule::kVariants) {
-    if (variant == kVariant) return by_storage<Rule, kVariant>(storage);
-    return by_variant<Rule, kVariant + 1>(variant, storage);
-  } else {
-    return nullptr;
-  }
-}
-
-template <template <class, class> class Pass>
-Kernel by_grad(DType grad, DType compute) {
-  if (grad == DType::kBF16) return Pass<BF16, float>::run;
-  if (grad == DType::kF16) return Pass<F16, float>::run;
-  return compute == DType::kF64 ? Pass<double, double>::run : Pass<float, float>::run;
-}
-
 }  // namespace
 
 Kernel find_kernel(int rule, int variant, int storage) {
-  int index = 0;
-#define FUSEDOPT_FIND(name, Rule) \
-  if (rule == index++) return by_variant<Rule>(variant, storage);
-  FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_FIND)
-#undef FUSEDOPT_FIND
-  return nullptr;
+  return visit_rule(rule, variant, [storage]<class Rule, int kVariant>(Variant<Rule, kVariant>) {
+    return visit_storage(storage, []<class P, class G, class S>(Types<P, G, S>) -> Kernel {
+      return Update<Rule, kVariant, P, G, S>::run;
+    });
+  });
 }
 
-Kernel find_norm(DType grad, DType compute) { return by_grad<Norm>(grad, compute); }
-Kernel find_accumulate(DType grad, DType compute) { return by_grad<Accumulate>(grad, compute); }
+Kernel find_norm(DType grad, DType param) {
+  return visit_grad(grad, param,
+                    []<class G, class T>(Types<G, T>) -> Kernel { return Norm<G, T>::run; });
+}
+Kernel find_accumulate(DType grad, DType param) {
+  return visit_grad(grad, param,
+                    []<class G, class T>(Types<G, T>) -> Kernel { return Accumulate<G, T>::run; });
+}
 
 Kernel find_floor(int states) {
   constexpr Kernel kFloors[] = {

@@ -17,8 +17,8 @@ const void* find_prepare_kernel(int rule, bool in_double);
 
 // The kernel that sums a norm; its arguments are a DeviceTable, a Measure and a Question. And the one
 // that adds gradients to accumulators; a DeviceTable and a Pass.
-const void* find_norm_kernel(DType grad, DType compute);
-const void* find_accumulate_kernel(DType grad, DType compute);
+const void* find_norm_kernel(DType grad, DType param);
+const void* find_accumulate_kernel(DType grad, DType param);
 
 // The traffic floor of a rule with so many states; its arguments are a DeviceTable and a Pass.
 const void* find_floor_kernel(int states);

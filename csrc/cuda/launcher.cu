@@ -5,6 +5,7 @@
 #include <mutex>
 #include <utility>
 
+#include "core/dispatch.h"
 #include "cuda/body.h"
 #include "cuda/gpu.h"
 #include "cuda/kernels.h"
@@ -19,14 +20,10 @@ Status status_of(cudaError_t error) {
 }
 
 const void* kernel_of(const StorageTuple& storage, int rule, int variant) {
-#define FUSEDOPT_FIND(P, G, S)                                               \
-  if (storage == StorageTuple{DType::P, DType::G, DType::S}) {               \
-    return find_kernel<StorageOf<DType::P>::Type, StorageOf<DType::G>::Type, \
-                       StorageOf<DType::S>::Type>(rule, variant);            \
-  }
-  FUSEDOPT_FOR_EACH_STORAGE(FUSEDOPT_FIND)
-#undef FUSEDOPT_FIND
-  return nullptr;
+  return visit_storage(storage_index(storage),
+                       [rule, variant]<class P, class G, class S>(Types<P, G, S>) {
+                         return find_kernel<P, G, S>(rule, variant);
+                       });
 }
 
 static_assert(kStreamNonBlocking == cudaStreamNonBlocking &&

@@ -1,3 +1,4 @@
+#include "core/dispatch.h"
 #include "cuda/kernels.h"
 #include "cuda/norm.h"
 
@@ -100,20 +101,16 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_accumulate(DeviceTable t
 
 }  // namespace
 
-const void* find_norm_kernel(DType grad, DType compute) {
-  if (grad == DType::kBF16) return reinterpret_cast<const void*>(&gradient_norm<BF16, float>);
-  if (grad == DType::kF16) return reinterpret_cast<const void*>(&gradient_norm<F16, float>);
-  if (compute == DType::kF64) return reinterpret_cast<const void*>(&gradient_norm<double, double>);
-  return reinterpret_cast<const void*>(&gradient_norm<float, float>);
+const void* find_norm_kernel(DType grad, DType param) {
+  return visit_grad(grad, param, []<class G, class T>(Types<G, T>) {
+    return reinterpret_cast<const void*>(&gradient_norm<G, T>);
+  });
 }
 
-const void* find_accumulate_kernel(DType grad, DType compute) {
-  if (grad == DType::kBF16) return reinterpret_cast<const void*>(&gradient_accumulate<BF16, float>);
-  if (grad == DType::kF16) return reinterpret_cast<const void*>(&gradient_accumulate<F16, float>);
-  if (compute == DType::kF64) {
-    return reinterpret_cast<const void*>(&gradient_accumulate<double, double>);
-  }
-  return reinterpret_cast<const void*>(&gradient_accumulate<float, float>);
+const void* find_accumulate_kernel(DType grad, DType param) {
+  return visit_grad(grad, param, []<class G, class T>(Types<G, T>) {
+    return reinterpret_cast<const void*>(&gradient_accumulate<G, T>);
+  });
 }
 
 }  // namespace fusedopt::cuda

@@ -1,3 +1,4 @@
+#include "core/dispatch.h"
 #include "cuda/kernels.h"
 #include "cuda/prepare.h"
 
@@ -14,15 +15,10 @@ __global__ void update_prepare(PrepareTable table, Scaler scaler, const Verdict*
 }  // namespace
 
 const void* find_prepare_kernel(int rule, bool in_double) {
-  int index = 0;
-#define FUSEDOPT_FIND(name, Rule)                                                   \
-  if (rule == index++) {                                                            \
-    return in_double ? reinterpret_cast<const void*>(&update_prepare<Rule, double>) \
-                     : reinterpret_cast<const void*>(&update_prepare<Rule, float>); \
-  }
-  FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_FIND)
-#undef FUSEDOPT_FIND
-  return nullptr;
+  return visit_rule(rule, 0, [in_double]<class Rule, int kVariant>(Variant<Rule, kVariant>) {
+    return in_double ? reinterpret_cast<const void*>(&update_prepare<Rule, double>)
+                     : reinterpret_cast<const void*>(&update_prepare<Rule, float>);
+  });
 }
 
 }  // namespace fusedopt::cuda

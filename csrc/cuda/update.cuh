@@ -2,6 +2,7 @@
 // the units that name the tuples, so that a build can compile them side by side.
 #pragma once
 
+#include "core/dispatch.h"
 #include "cuda/body.h"
 #include "cuda/kernels.h"
 
@@ -22,24 +23,11 @@ __global__ void __launch_bounds__(kThreads, 2) update(DeviceTable table, Scaler 
   }
 }
 
-template <class P, class G, class S, class Rule, int kVariant = 0>
-const void* kernel_of_variant(int variant) {
-  if constexpr (kVariant < Rule::kVariants) {
-    if (variant != kVariant) return kernel_of_variant<P, G, S, Rule, kVariant + 1>(variant);
-    return reinterpret_cast<const void*>(&update<Rule, kVariant, P, G, S>);
-  } else {
-    return nullptr;
-  }
-}
-
 template <class P, class G, class S>
 const void* find_kernel(int rule, int variant) {
-  int index = 0;
-#define FUSEDOPT_FIND(name, Rule) \
-  if (rule == index++) return kernel_of_variant<P, G, S, Rule>(variant);
-  FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_FIND)
-#undef FUSEDOPT_FIND
-  return nullptr;
+  return visit_rule(rule, variant, []<class Rule, int kVariant>(Variant<Rule, kVariant>) {
+    return reinterpret_cast<const void*>(&update<Rule, kVariant, P, G, S>);
+  });
 }
 
 }  // namespace fusedopt::cuda

@@ -34,13 +34,11 @@ struct Adam {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, decoupled_weight_decay;
   };
 
-  enum : int { kPlain = 0, kAmsgrad = 1, kDecoupled = 2, kVariants = 4 };
-  static int variant(const Hyper& h) {
-    return (h.amsgrad != 0 ? kAmsgrad : 0) | (h.decoupled_weight_decay != 0 ? kDecoupled : 0);
-  }
+  enum : int { kPlain, kAmsgrad, kVariants };
+  static int variant(const Hyper& h) { return h.amsgrad != 0 ? kAmsgrad : kPlain; }
   static constexpr StateNames states(int variant) {
-    return (variant & kAmsgrad) != 0 ? StateNames{3, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}}
-                                     : StateNames{2, {"exp_avg", "exp_avg_sq"}};
+    return variant == kAmsgrad ? StateNames{3, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}}
+                               : StateNames{2, {"exp_avg", "exp_avg_sq"}};
   }
 
   template <class T>
@@ -52,14 +50,15 @@ struct Adam {
     T eps;
     T step_size;                  // lr / (1 - beta1^step)
     T inv_sqrt_bias_correction2;  // 1 / sqrt(1 - beta2^step)
-    T weight_decay;               // coupled
-    T decay;                      // decoupled: 1 - lr * weight_decay
+    T weight_decay;               // coupled; 0 if decoupled
+    T decay;                      // decoupled: 1 - lr * weight_decay; 1 if coupled
   };
 
   template <class T>
   FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double step, bool /*first*/) {
     const double bias_correction1 = 1.0 - power(h.beta1, step);
     const double bias_correction2 = 1.0 - power(h.beta2, step);
+    const bool decoupled = h.decoupled_weight_decay != 0;
     return {T(h.beta1),
             T(1.0 - h.beta1),
             T(h.beta2),
@@ -67,8 +66,8 @@ struct Adam {
             T(h.eps),
             T(h.lr / bias_correction1),
             T(1.0 / sqrt(bias_correction2)),
-            T(h.weight_decay),
-            T(1.0 - h.lr * h.weight_decay)};
+            T(decoupled ? 0.0 : h.weight_decay),
+            T(decoupled ? 1.0 - h.lr * h.weight_decay : 1.0)};
   }
 
   template <int kVariant, class V>
@@ -76,15 +75,12 @@ struct Adam {
                                  const Scalars<typename ScalarOf<V>::Type>& s) {
     V& exp_avg = state[0];
     V& exp_avg_sq = state[1];
-    if constexpr ((kVariant & kDecoupled) != 0) {
-      param = param * s.decay;
-    } else {
-      if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
-    }
+    if (s.decay != 1) param = param * s.decay;
+    if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
     exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * grad;
     exp_avg_sq = s.beta2 * exp_avg_sq + (s.one_minus_beta2 * grad) * grad;
     V second_moment = exp_avg_sq;
-    if constexpr ((kVariant & kAmsgrad) != 0) {
+    if constexpr (kVariant == kAmsgrad) {
       V& max_exp_avg_sq = state[2];
       max_exp_avg_sq = max(max_exp_avg_sq, exp_avg_sq);
       second_moment = max_exp_avg_sq;

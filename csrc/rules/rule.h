@@ -12,10 +12,11 @@
 //      the step count, computed in double and narrowed once to the compute type T. `step` counts
 //      from 1; `first` says that the row's states were created for this very step.
 //   4. `update<kVariant>(V& param, V grad, V* state, const Scalars<T>&)`: one element, or one vector
-//      of elements. `kVariant` (from `variant(hyper)`) carries the flags that change the formula;
-//      everything it decides is decided at compile time. Inside: separate multiply and add (no fma:
-//      every compiler, instruction tier and interpreter can reproduce two roundings), no branch that
-//      depends on tensor data, no `pow`. A branch on a scalar is uniform over a row and allowed.
+//      of elements. `kVariant` (from `variant(hyper)`) says which set of states there is; each set is
+//      a kernel of its own. A flag that changes only the formula is a scalar: a branch on a scalar is
+//      uniform over a row and costs nothing. Inside: separate multiply and add (no fma: every
+//      compiler, instruction tier and interpreter can reproduce two roundings), no branch that
+//      depends on tensor data, no `pow`.
 //
 // Drivers own the rest: loads, stores, conversion between storage and compute type (one rounding,
 // at the store), the sign of `maximize`, tails, layouts, threads.

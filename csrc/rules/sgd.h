@@ -26,11 +26,8 @@ struct Sgd {
     double lr, momentum, dampening, weight_decay, nesterov;
   };
 
-  enum : int { kPlain, kMomentum, kNesterov, kVariants };
-  static int variant(const Hyper& h) {
-    if (h.momentum == 0) return kPlain;
-    return h.nesterov != 0 ? kNesterov : kMomentum;
-  }
+  enum : int { kPlain, kMomentum, kVariants };
+  static int variant(const Hyper& h) { return h.momentum == 0 ? kPlain : kMomentum; }
   static constexpr StateNames states(int variant) {
     return variant == kPlain ? StateNames{0, {}} : StateNames{1, {"momentum_buffer"}};
   }
@@ -39,25 +36,26 @@ struct Sgd {
   struct Scalars {
     T lr;
     T weight_decay;
-    T momentum;       // of the look-ahead, every step
+    T nesterov;       // 0 or 1
+    T momentum;       // of Nesterov's look-ahead, every step
     T buffer_decay;   // momentum, 0 on the first step
     T buffer_weight;  // 1 - dampening, 1 on the first step
   };
 
   template <class T>
   FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double /*step*/, bool first) {
-    return {T(h.lr), T(h.weight_decay), T(h.momentum), T(first ? 0.0 : h.momentum),
-            T(first ? 1.0 : 1.0 - h.dampening)};
+    return {T(h.lr),       T(h.weight_decay),           T(h.nesterov),
+            T(h.momentum), T(first ? 0.0 : h.momentum), T(first ? 1.0 : 1.0 - h.dampening)};
   }
 
   template <int kVariant, class V>
   FUSEDOPT_HD static void update(V& param, V grad, V* state,
                                  const Scalars<typename ScalarOf<V>::Type>& s) {
     if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
-    if constexpr (kVariant != kPlain) {
+    if constexpr (kVariant == kMomentum) {
       V& buffer = state[0];
       buffer = s.buffer_decay * buffer + s.buffer_weight * grad;
-      if constexpr (kVariant == kNesterov) {
+      if (s.nesterov != 0) {
         grad = grad + s.momentum * buffer;
       } else {
         grad = buffer;
