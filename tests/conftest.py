@@ -26,6 +26,16 @@ def anywhere(request, monkeypatch):
     return prepared(request.param, monkeypatch)
 
 
+@pytest.fixture(scope="session")
+def four_ranks():
+    """Processes of torch.distributed, started by the first test that needs them."""
+    from ranks import Ranks
+
+    started = Ranks()
+    yield started
+    started.stop()
+
+
 def prepared(place, monkeypatch):
     """The place, with its row in the table of backends."""
     monkeypatch.setitem(backends.BACKENDS, place.backend, place.row)

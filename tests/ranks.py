@@ -1,31 +1,47 @@
-"""Processes of torch.distributed on this machine, and what checks that run in them share.
+"""Four processes of torch.distributed that the distributed tests run in, and what these share.
 
-One set of processes runs every check: starting them costs more than all checks. A check is a
-function of a `World`; smaller worlds are meshes over the first ranks, which the others sit out.
+The processes start once in a session, because starting them costs more than the tests do. A test
+that `on_ranks` makes of a function sends them the function's name, and waits for their answers.
 """
 
 from __future__ import annotations
 
 import datetime
-import functools
+import faulthandler
+import importlib
+import multiprocessing
+import multiprocessing.connection
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from harness import set_grads
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
-SIZE = 3
-# A rank that waits for another one gives up after this, and the parent after the other.
-COLLECTIVE_SECONDS = 60
-TOTAL_SECONDS = 300
+import fusedopt
+
+SIZE = 4
+SECONDS = 120  # that a check may take
+COLLECTIVE_SECONDS = 60  # after which a rank that waits for another one fails
+GRACE_SECONDS = 3  # for the other ranks, after one has failed
+PRELOADED = ["fusedopt", "numpy", "pytest", "torch.distributed.checkpoint.state_dict"]
+PRELOADED += ["torch.distributed.optim", "torch.nn.parallel"]
 
 
 @dataclass(frozen=True)
@@ -42,36 +58,149 @@ class World:
     meshes: dict[int, DeviceMesh]
     folder: Path
 
-    def mesh(self, size: int) -> DeviceMesh | None:
-        """The mesh of this size, None on ranks outside of it."""
-        return self.meshes[size] if self.rank < size else None
+
+Check = Callable[[World, DeviceMesh], None]
 
 
-Check = Callable[[World], None]
+def on_ranks(*sizes: int) -> Callable[[Check], Callable[..., None]]:
+    """Makes a test of a check, run once on the first `size` ranks for each of these sizes.
+
+    A check that makes process groups needs all four ranks, as all have to take part.
+    """
+
+    def decorate(check: Check) -> Callable[..., None]:
+        @pytest.mark.xdist_group("ranks")
+        @pytest.mark.parametrize("size", sizes)
+        def test(four_ranks, size, tmp_path):
+            failure = four_ranks.run(test, size, tmp_path)
+            assert not failure, failure
+
+        test.__name__, test.__module__, test.__doc__ = (
+            check.__name__,
+            check.__module__,
+            check.__doc__,
+        )
+        test.check = check
+        return test
+
+    return decorate
 
 
-class Checks(list[Check]):
-    """The checks of a module."""
+class Ranks:
+    """The processes, started when they are needed, and again after a check has failed."""
 
-    def add(self, function: Check) -> Check:
-        """Registers a check that all ranks run."""
-        self.append(function)
-        return function
+    def __init__(self) -> None:
+        self._processes: list[multiprocessing.Process] = []
+        self._pipes: list[multiprocessing.connection.Connection] = []
 
-    def on_meshes(self, *sizes: int) -> Callable[[Callable[..., None]], Check]:
-        """Makes a check of a function that gets a mesh too, run for each of these sizes."""
+    def run(self, test: Callable[..., None], size: int, folder: Path, seconds=SECONDS) -> str:
+        """Runs a test's check on the first `size` ranks.
 
-        def decorate(function: Callable[..., None]) -> Check:
-            @functools.wraps(function)
-            def run_on_meshes(world: World) -> None:
-                for size in sizes:
-                    mesh = world.mesh(size)
-                    if mesh is not None:
-                        function(world, mesh)
+        Returns:
+            "", or what went wrong, by rank.
+        """
+        failure = ""
+        if not self._processes:
+            self._start(folder)
+            failure = self._answers(folder, SECONDS)
+        if not failure:
+            for pipe in self._pipes:
+                pipe.send((test.__module__, test.__name__, size, folder, seconds))
+            failure = self._answers(folder, seconds)
+        if failure:
+            self.stop()
+        return failure
 
-            return self.add(run_on_meshes)
+    def stop(self) -> None:
+        """Ends the processes. Nothing of theirs outlives a check."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
 
-        return decorate
+    def _start(self, folder: Path) -> None:
+        # Imports once, in a process without threads that all four are forked from.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        for rank in range(SIZE):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs, folder), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def _answers(self, folder: Path, seconds: float) -> str:
+        """Waits for all ranks; says what those said that failed, the first one first."""
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        said = []
+        deadline = time.monotonic() + seconds + 1  # ranks write down where they are before it
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for pipe in multiprocessing.connection.wait(list(waiting), left):
+                rank = waiting.pop(pipe)
+                try:
+                    answer = pipe.recv()
+                except EOFError:
+                    self._processes[rank].join()
+                    answer = f"ended with exit code {self._processes[rank].exitcode}"
+                if answer:
+                    said.append(f"rank {rank}: {answer}")
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        for rank in waiting.values():
+            stack = _stack_file(folder, rank)
+            place = stack.read_text() if stack.exists() else ""
+            said.append(f"rank {rank}: does not answer\n{place}")
+        return "\n".join(said)
+
+
+def _stack_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}_hangs_here"
+
+
+def _serve(rank: int, pipe: multiprocessing.connection.Connection, folder: Path) -> None:
+    """A rank's process: starts, and runs checks until the other end of the pipe is gone."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    meshes = {}
+
+    def start() -> None:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=SIZE,
+            timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
+        )
+        meshes.update({n: DeviceMesh("cpu", list(range(n))) for n in range(1, SIZE + 1)})
+
+    def check(module: str, name: str, size: int, folder: Path, seconds: float) -> None:
+        with _stack_file(folder, rank).open("w") as file:
+            faulthandler.dump_traceback_later(seconds, file=file)
+            try:
+                if rank < size:
+                    function = getattr(importlib.import_module(module), name).check
+                    function(World(rank, meshes, folder), meshes[size])
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+
+    def answer(function: Callable[..., None], *args) -> None:
+        try:
+            function(*args)
+        except BaseException:
+            pipe.send(traceback.format_exc())
+        else:
+            pipe.send("")
+
+    answer(start)
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        answer(check, *task)
+
+
+# ---- What checks share ---------------------------------------------------------------------------
 
 
 class Net(torch.nn.Module):
@@ -94,10 +223,20 @@ def sharded(mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> Net:
     return net
 
 
-def shard_like(param, tensor, placements=None):
-    """A whole tensor, which every rank has, cut as a DTensor parameter is. No communication."""
-    placements = placements or param.placements
-    return distribute_tensor(tensor, param.device_mesh, placements, src_data_rank=None)
+def ddp(mesh, net, **kwargs):
+    return DistributedDataParallel(net, process_group=mesh.get_group(), **kwargs)
+
+
+def cut(value, mesh, placements):
+    """A whole tensor, which every rank has, as a DTensor. No communication."""
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
+def cut_like(param, value):
+    """A whole tensor as the parameter is: a DTensor of its layout, or a copy."""
+    if isinstance(param, DTensor):
+        return cut(value, param.device_mesh, param.placements)
+    return value.clone()
 
 
 def set_sharded_grads(params, seed):
@@ -106,7 +245,7 @@ def set_sharded_grads(params, seed):
     whole = [torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in params]
     set_grads(whole, seed)
     for param, other in zip(params, whole, strict=True):
-        param.grad = shard_like(param, other.grad) if isinstance(param, DTensor) else other.grad
+        param.grad = cut_like(param, other.grad)
 
 
 def whole(tensor):
@@ -114,73 +253,79 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _result(folder: Path, name: str, rank: int) -> Path:
-    return folder / f"{name}.{rank}"
+def local(tensor):
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _work(rank: int, ranks: int, checks: Sequence[Check], folder: Path) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    name = "the start"
-    try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/rendezvous",
-            rank=rank,
-            world_size=ranks,
-            timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
-        )
-        meshes = {size: DeviceMesh("cpu", list(range(size))) for size in range(1, ranks + 1)}
-        for check in checks:
-            name = check.__name__
-            (folder / name).mkdir(exist_ok=True)
-            check(World(rank, meshes, folder / name))
-            dist.barrier()  # a rank that sits a check out must not run ahead of its timeout
-            _result(folder, name, rank).write_text("")
-        dist.destroy_process_group()
-    except BaseException:
-        _result(folder, name, rank).write_text(traceback.format_exc())
-        os._exit(1)  # without waiting for ranks that wait for this one
+def gathered(mesh, tensor):
+    """A tensor of every rank."""
+    tensor = tensor.detach().contiguous()
+    tensors = [torch.empty_like(tensor) for _ in range(mesh.size())]
+    dist.all_gather(tensors, tensor, group=mesh.get_group())
+    return tensors
 
 
-def run(checks: Sequence[Check], folder: Path, ranks: int = SIZE) -> dict[str, str]:
-    """Runs checks one after the other on all ranks; ends all processes at the first failure.
+def assert_equal_runs(ours, theirs):
+    """Fails unless a sharded run has the bits of one over whole tensors, its states cut alike.
 
-    Returns:
-        By the check's name, "" or what went wrong, with the rank.
+    Args:
+        ours: A network or a list of parameters, and their optimizer.
+        theirs: The same, of whole tensors.
     """
-    context = torch.multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(r, ranks, checks, folder)) for r in range(ranks)]
-    for worker in workers:
-        worker.start()
-    deadline = time.monotonic() + TOTAL_SECONDS
-    while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
-        if any(worker.exitcode for worker in workers):
-            break
-        time.sleep(0.02)
-    time.sleep(0.5 if any(worker.exitcode for worker in workers) else 0)  # for what others say
-    for worker in workers:
-        worker.kill()
-        worker.join()
+    (params, optimizer), (others, other) = (
+        (list(n.parameters() if isinstance(n, torch.nn.Module) else n), o)
+        for n, o in (ours, theirs)
+    )
+    for param, wanted in zip(params, others, strict=True):
+        assert torch.equal(whole(param), wanted), f"parameters of shape {tuple(wanted.shape)}"
+        state, wanted_state = optimizer.state.get(param, {}), other.state.get(wanted, {})
+        assert list(state) == list(wanted_state)
+        for key, value in wanted_state.items():
+            assert torch.equal(whole(state[key]), value), f"{key} of shape {tuple(wanted.shape)}"
+            assert state[key].dtype == value.dtype
+            if key in ("step", "window"):
+                assert type(state[key]) is torch.Tensor
+            else:
+                assert isinstance(state[key], DTensor)
+                assert state[key].placements == param.placements
+                assert local(state[key]).shape == local(param).shape
 
-    written = [
-        path
-        for check in ["the start", *(c.__name__ for c in checks)]
-        for path in folder.glob(f"{check}.[0-9]")
-    ]
-    failed = sorted((p for p in written if p.read_text()), key=lambda p: p.stat().st_mtime_ns)
-    # The first one to fail; the others mostly say that they were left alone.
-    what = "\n".join(f"{p.stem}, rank {p.suffix[1:]}:\n{p.read_text()}" for p in failed)
-    codes = [worker.exitcode for worker in workers]
-    what = what or f"ended after {TOTAL_SECONDS} s, or died, with exit codes {codes}"
-    results = {}
-    for check in checks:
-        name = check.__name__
-        done = all(_result(folder, name, rank) in written for rank in range(ranks))
-        if done and not any(path.stem == name for path in failed):
-            results[name] = ""
-        elif not failed or failed[0].stem in (name, "the start"):
-            results[name] = what
-        else:
-            results[name] = f"not run to its end, because {failed[0].stem} failed"
-    return results
+
+def saved(net, optimizer):
+    return {
+        "model": get_model_state_dict(net),
+        "optimizer": get_optimizer_state_dict(net, optimizer),
+    }
+
+
+def load(net, optimizer, folder, mesh):
+    """Loads what `saved` and dcp.save wrote of a run on other ranks."""
+    state = saved(net, optimizer)  # the optimizer's after a step that torch makes up
+    dcp.load(state, checkpoint_id=folder, process_group=mesh.get_group())
+    set_model_state_dict(net, state["model"])
+    set_optimizer_state_dict(net, optimizer, state["optimizer"])
+
+
+# ---- Runs that are compared with one process -----------------------------------------------------
+
+NAN = float("nan")
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+WITH_STATE = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
+    "AdamW": {"lr": 0.02, "weight_decay": 0.1},
+}
+
+
+def optimizer_of(net, name="AdamW", **options):
+    return getattr(fusedopt, name)(net.parameters(), **WITH_STATE[name], **options)
+
+
+def rows(window, rank, micro_batch, size):
+    """Inputs, the same in every process."""
+    seed = 1000 * window + 10 * rank + micro_batch
+    return torch.randn(size, 4, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def loss_of(model, x):
+    return model(x).square().mean()
