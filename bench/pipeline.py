@@ -22,10 +22,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fusedopt
-from fusedopt._extension import _C
-from fusedopt.backends import backend_for
 
-from . import optimizers
+from . import floor, optimizers
 from .providers import PROVIDERS, OptimizerProvider
 from .step import make_gradients
 from .timing import Race, Stats, Step, run_race, stage_of
@@ -342,12 +340,8 @@ class Stand:
             [parameter.detach(), gradient, *(torch.zeros_like(gradient) for _ in range(more))]
             for parameter, gradient in zip(made, self.gradients, strict=True)
         ]
-        backend = backend_for(self.task.device)
-        assert backend is not None  # the command line has looked
-        floor = _C.TrafficFloor(
-            rows, backend.launcher(), measures=True, zero_grads=not self.chain.set_to_none
-        )
-        return self.entrant(floor.run, made)
+        moved = floor.TrafficFloor(rows, measures=True, zero_grads=not self.chain.set_to_none)
+        return self.entrant(moved.run, made)
 
 
 def torch_provider(task: Task) -> OptimizerProvider:

@@ -19,9 +19,8 @@ import torch
 
 import fusedopt
 from fusedopt._extension import _C
-from fusedopt.backends import backend_for
 
-from . import optimizers, peers
+from . import floor, optimizers, peers
 from .contestant import Contestant, Step, race_optimizer, try_step
 from .peers import Peer
 
@@ -112,11 +111,7 @@ class OptimizerProvider:
 
 @dataclass(frozen=True)
 class FloorProvider:
-    """The traffic floor: reads and writes what the optimizer has to, and does no maths.
-
-    It runs through the same chunks, threads and instruction tier as fusedopt's optimizers, so the
-    ratio to it says what arithmetic and host work cost on top of moving the bytes.
-    """
+    """The traffic floor: reads and writes what the optimizer has to, and does no maths."""
 
     name: str = "floor"
     title: str = "traffic floor"
@@ -126,8 +121,8 @@ class FloorProvider:
     def unavailable(
         self, optimizer: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> str:
-        """Empty where the device has a backend: bytes can be moved for any optimizer and dtype."""
-        return "" if backend_for(device) else f"no backend moves bytes on {device}"
+        """Empty where bytes can be moved: for any optimizer and dtype."""
+        return floor.unavailable(device)
 
     def offers(self, optimizer: str, device: str) -> bool:
         """Whether it may have such a step."""
@@ -142,9 +137,7 @@ class FloorProvider:
             [gradient.clone(), gradient, *(torch.zeros_like(gradient) for _ in range(states))]
             for gradient in gradients
         ]
-        backend = backend_for(gradients[0].device.type)
-        assert backend is not None
-        return Contestant(_C.TrafficFloor(rows, backend.launcher()).run)
+        return Contestant(floor.TrafficFloor(rows).run)
 
 
 def _in_tier(tier: str, step: Step) -> Step:
