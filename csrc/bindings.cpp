@@ -1,4 +1,4 @@
-// The Python module fusedopt._C: the plan, the CPU tiers, the registry, the traffic floor, and the ring
+// The Python module fusedopt._C: the plan, the CPU tiers, the registry, and the ring
 // that batches of data lie in.
 #include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
@@ -7,7 +7,6 @@
 
 #include "cpu/tiers.h"
 #include "data/ring.h"
-#include "plan/floor.h"
 #include "plan/plan.h"
 #include "plan/tensors.h"
 #include "plan/triton.h"
@@ -122,11 +121,6 @@ PYBIND11_MODULE(_C, m) {
           py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none())
       .def_property_readonly("on_device", &StepPlan::on_device)
       .def("describe", &StepPlan::describe);
-  py::class_<TrafficFloor>(m, "TrafficFloor")
-      .def(py::init<const py::list&, const py::object&, bool, bool>(), py::arg("rows"),
-           py::arg("launcher") = py::none(), py::arg("measures") = false,
-           py::arg("zero_grads") = false)
-      .def("run", &TrafficFloor::run);
 
   // What `refresh` says of a flush that meets a gradient which is in no accumulator.
   m.attr("UNSEEN_GRADIENT") = kUnseenGradient;

@@ -5,7 +5,6 @@
 #include "data/ring.cpp"
 #include "plan/device.cpp"
 #include "plan/dtensor.cpp"
-#include "plan/floor.cpp"
 #include "plan/hyper.cpp"
 #include "plan/launch.cpp"
 #include "plan/onepass.cpp"

@@ -67,16 +67,6 @@ class StepPlan:
     def on_device(self) -> bool: ...
     def describe(self) -> list[dict[str, Any]]: ...
 
-class TrafficFloor:
-    def __init__(
-        self,
-        rows: list[list[Tensor]],
-        launcher: object | None = None,
-        measures: bool = False,
-        zero_grads: bool = False,
-    ) -> None: ...
-    def run(self) -> None: ...
-
 class Ring:
     def __init__(self, slots: int, pinned: bool) -> None: ...
     def gather(

@@ -125,13 +125,11 @@ def test_every_rule_has_its_kernels(kernels, updates):
     assert len(storages) == 10
     assert len(updates) == len(wanted) * len(storages)
     prepares = [kernel for kernel in kernels if "::update_prepare<" in kernel.name]
-    floors = [kernel for kernel in kernels if "::traffic_floor<" in kernel.name]
     assert len(prepares) == 2 * len(structs)
-    assert len(floors) == 4
     around = [kernel for kernel in kernels if "::gradient_" in kernel.name]
     # A norm and an accumulation for each of the types that gradients have.
     assert len(around) == 2 * len({kernel.arguments[3] for kernel in updates})
-    assert len(kernels) == len(updates) + len(prepares) + len(floors) + len(around)
+    assert len(kernels) == len(updates) + len(prepares) + len(around)
 
 
 def test_no_spill_and_no_local_memory(kernels):

@@ -9,7 +9,6 @@ from cases import CASES
 from harness import DTYPES, checked_step, make_params, set_grads, states_of
 
 import fusedopt
-from fusedopt import _C
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -180,17 +179,6 @@ def test_amsgrads_maximum_keeps_nan(place):
     for _, states in ends[0]:
         assert states["max_exp_avg_sq"][::3].isnan().all()
     torch.testing.assert_close(*ends, rtol=0, atol=0, equal_nan=True)
-
-
-@each("states", range(4))
-def test_the_traffic_floor(place, states):
-    sizes = (1, 0, 1030, 5000)
-    rows = [[torch.randn(n).to(place.device) for _ in range(2 + states)] for n in sizes]
-    before = [[array.clone() for array in row] for row in rows]
-    _C.TrafficFloor(rows, place.row.launcher()).run()
-    for row, old in zip(rows, before, strict=True):
-        for a, array in enumerate(row):
-            assert torch.equal(array, old[a] if a == 1 else old[a] + old[1])
 
 
 # ---- Launches -----------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from triton.runtime import driver
 
 from fusedopt import _C
 
-from . import floor as traffic
 from .math import INTERPRETED
 from .multi_tensor import THREADS, Prepare, Update, fusedopt_update, fusedopt_update_prepare
 from .norm import Accumulate, Norm, fusedopt_accumulate, fusedopt_norm
@@ -59,11 +58,6 @@ def prepare_of(rule: int, in_double: bool) -> Prepare:
     module = rules()[rule]
     compute = tl.float64 if in_double else tl.float32
     return Prepare(module.prepare, module.Hyper, module.Scalars, compute)
-
-
-def floor_of(states: int) -> Update:
-    """What the traffic floor of a rule with so many states is compiled for."""
-    return Update(traffic.update, traffic.Scalars, tl.constexpr(0), states, *3 * [tl.float32])
 
 
 def _of_gradients(param: int, grad: int) -> tuple[tl.dtype, tl.dtype]:
@@ -148,11 +142,6 @@ def _norm(device: int, param: int, grad: int) -> Launch:
 @cache
 def _accumulate(device: int, param: int, grad: int) -> Launch:
     return launch_of(accumulate_of(param, grad))
-
-
-@cache
-def _floor(device: int, states: int) -> Launch:
-    return launch_of(floor_of(states))
 
 
 @cache
@@ -277,23 +266,6 @@ class Launcher:
         launch = _accumulate(_device(), param, grad)
         table = rows, chunks, layouts, chunk_count
         launch(self._programs(chunk_count), stream, *table, verdict, zero_grads)
-
-    def floor(
-        self,
-        states: int,
-        rows: int,
-        chunks: int,
-        layouts: int,
-        slots: int,
-        chunk_count: int,
-        verdict: int,
-        zero_grads: int,
-        stream: int,
-    ) -> None:
-        """Moves the traffic of a rule with so many states, over fp32 rows."""
-        launch = _floor(_device(), states)
-        table = rows, chunks, layouts, slots, chunk_count
-        launch(self._programs(chunk_count), stream, *table, 0, 0, verdict, zero_grads)
 
     def _programs(self, chunks: int) -> int:
         """As many as run at once: each walks the chunks in steps of the grid.

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "core/dispatch.h"
-#include "core/floor.h"
 #include "cpu/tiers.h"
 #include "cpu/vec.h"
 
@@ -305,26 +304,6 @@ struct Accumulate {
   }
 };
 
-// Reads gradients as a norm does, and does nothing with them but what keeps the compiler from not
-// reading them.
-struct ReadFloor {
-  static void run(const Span& span, const Span& next, const Task& task) {
-    using V = Vec<float>;
-    const auto* grad = static_cast<const float*>(span.grad);
-    const int64_t whole = span.count - span.count % V::kLanes;
-    const int64_t turn = whole - kNormBlock;
-    V sum{};
-    for (int64_t i = 0; i < whole; i += V::kLanes) {
-      const void* ahead = i < turn ? static_cast<const void*>(grad + i + kNormBlock) : next.grad;
-      prefetch(reinterpret_cast<uintptr_t>(ahead));
-      sum = sum + load(grad + i);
-    }
-    float lanes[V::kLanes];
-    store(lanes, sum);
-    task.sums->with = lanes[0];
-  }
-};
-
 }  // namespace
 
 Kernel find_kernel(int rule, int variant, int storage) {
@@ -343,14 +322,5 @@ Kernel find_accumulate(DType grad, DType param) {
   return visit_grad(grad, param,
                     []<class G, class T>(Types<G, T>) -> Kernel { return Accumulate<G, T>::run; });
 }
-
-Kernel find_floor(int states) {
-  constexpr Kernel kFloors[] = {
-      Update<Floor<0>, 0, float, float, float>::run, Update<Floor<1>, 0, float, float, float>::run,
-      Update<Floor<2>, 0, float, float, float>::run, Update<Floor<3>, 0, float, float, float>::run};
-  return kFloors[states];
-}
-
-Kernel find_read_floor() { return ReadFloor::run; }
 
 }  // namespace fusedopt::FUSEDOPT_TIER

@@ -8,9 +8,7 @@
 #define FUSEDOPT_DECLARE_KERNELS                          \
   Kernel find_kernel(int rule, int variant, int storage); \
   Kernel find_norm(DType grad, DType compute);            \
-  Kernel find_accumulate(DType grad, DType compute);      \
-  Kernel find_floor(int states);                          \
-  Kernel find_read_floor();
+  Kernel find_accumulate(DType grad, DType compute);
 
 namespace fusedopt {
 
@@ -42,13 +40,7 @@ bool has_avx512() {
 const std::vector<Tier>& built_tiers() {
   static const std::vector<Tier> tiers = {
 #define FUSEDOPT_TIER_OF(name, supported) \
-  {#name,                                 \
-   supported,                             \
-   name::find_kernel,                     \
-   name::find_norm,                       \
-   name::find_accumulate,                 \
-   name::find_floor,                      \
-   name::find_read_floor}
+  {#name, supported, name::find_kernel, name::find_norm, name::find_accumulate}
       FUSEDOPT_TIER_OF(generic, always),
 #if defined(__x86_64__)
       FUSEDOPT_TIER_OF(avx2, has_avx2),

@@ -32,16 +32,13 @@ struct Task {
 using Kernel = void (*)(const Span& span, const Span& next, const Task& task);
 
 // Finds a tier's update by rule index (the position in FUSEDOPT_FOR_EACH_RULE), variant and storage
-// index, the other kernels by the gradient's type. The traffic floors are found by the number of
-// states and for reading gradients alone: the same loops, without a rule.
+// index, the other kernels by the gradient's type.
 struct Tier {
   const char* name;
   bool (*supported)();
   Kernel (*kernel)(int rule, int variant, int storage);
   Kernel (*norm)(DType grad, DType compute);
   Kernel (*accumulate)(DType grad, DType compute);
-  Kernel (*floor)(int states);
-  Kernel (*read_floor)();
 };
 
 // All tiers of this build, slowest first; the first runs everywhere.

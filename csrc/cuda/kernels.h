@@ -20,7 +20,4 @@ const void* find_prepare_kernel(int rule, bool in_double);
 const void* find_norm_kernel(DType grad, DType param);
 const void* find_accumulate_kernel(DType grad, DType param);
 
-// The traffic floor of a rule with so many states; its arguments are a DeviceTable and a Pass.
-const void* find_floor_kernel(int states);
-
 }  // namespace fusedopt::cuda

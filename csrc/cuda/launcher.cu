@@ -81,10 +81,6 @@ class CudaLauncher final : public GpuLauncher {
                               pass);
   }
 
-  Status floor(int states, const DeviceTable& table, const Pass& pass, Stream stream) override {
-    return launch_over_chunks(find_floor_kernel(states), stream, table, pass);
-  }
-
  private:
   template <class... Arguments>
   static Status launch(const void* kernel, int64_t blocks, Stream stream, Arguments... arguments) {

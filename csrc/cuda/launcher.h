@@ -40,8 +40,6 @@ class Launcher {
                       const Question& question, Stream stream) = 0;
   virtual Status accumulate(const StorageTuple& storage, const DeviceTable& table, const Pass& pass,
                             Stream stream) = 0;
-  // The traffic floor of a rule with so many states, over fp32 rows.
-  virtual Status floor(int states, const DeviceTable& table, const Pass& pass, Stream stream) = 0;
 
   // Whether what is launched on the stream now is recorded in a graph.
   virtual bool capturing(Stream stream) = 0;

@@ -187,7 +187,7 @@ int CapturedTables::refresh(const std::string& rule_name, const py::list& param_
   return static_cast<int>(alive.size());
 }
 
-TableOnDevice::TableOnDevice(cuda::Launcher& launcher, c10::Device device, const RuleInfo* rule,
+TableOnDevice::TableOnDevice(cuda::Launcher& launcher, c10::Device device, const RuleInfo& rule,
                              int variant, StorageTuple storage, cuda::Scalars scalars,
                              size_t groups)
     : launcher_(launcher),
@@ -196,9 +196,8 @@ TableOnDevice::TableOnDevice(cuda::Launcher& launcher, c10::Device device, const
       variant_(variant),
       scalars_(scalars),
       groups_(groups) {
-  if (rule_ == nullptr) return;
   const c10::DeviceGuard guard(device_);
-  check(launcher_.load(storage, rule_->index, variant_));
+  check(launcher_.load(storage, rule_.index, variant_));
 }
 
 void TableOnDevice::ready(const Table& table) {
@@ -256,18 +255,13 @@ void TableOnDevice::accumulate(const Board& board, const Table& table, const Pas
 void TableOnDevice::step(const Board& board, const Table& table, const DeviceNumbers& numbers) {
   const c10::DeviceGuard guard(device_);
   if (board.image->scalars() == cuda::Scalars::kDevice) {
-    check(launcher_.prepare(rule_->index, table.storage.param == DType::kF64,
+    check(launcher_.prepare(rule_.index, table.storage.param == DType::kF64,
                             board.image->prepare_at(board.memory), numbers.scaler,
                             numbers.pass.verdict, board.stream));
   }
   if (board.image->chunks() == 0) return;  // parameters without elements, whose steps are counted
-  check(launcher_.update(table.storage, rule_->index, variant_, board.table(), numbers.scaler,
+  check(launcher_.update(table.storage, rule_.index, variant_, board.table(), numbers.scaler,
                          numbers.pass, board.stream));
-}
-
-void TableOnDevice::floor(const Board& board, const Table& table, const Pass& pass) {
-  const c10::DeviceGuard guard(device_);
-  check(launcher_.floor(table.states, board.table(), pass, board.stream));
 }
 
 void finish_norm(cuda::Launcher& launcher, c10::Device device, StorageTuple storage,

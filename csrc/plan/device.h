@@ -98,8 +98,8 @@ struct Board {
 
 class TableOnDevice {
  public:
-  // Without a rule, kernels move a floor's traffic. May take as long as compiling a kernel does.
-  TableOnDevice(cuda::Launcher& launcher, c10::Device device, const RuleInfo* rule, int variant,
+  // May take as long as compiling a kernel does.
+  TableOnDevice(cuda::Launcher& launcher, c10::Device device, const RuleInfo& rule, int variant,
                 StorageTuple storage, cuda::Scalars scalars, size_t groups);
 
   cuda::Launcher& launcher() const { return launcher_; }
@@ -125,12 +125,11 @@ class TableOnDevice {
   void norm(const Board& board, const Table& table, const NormNumbers& norm);
   void accumulate(const Board& board, const Table& table, const Pass& pass);
   void step(const Board& board, const Table& table, const DeviceNumbers& numbers);
-  void floor(const Board& board, const Table& table, const Pass& pass);
 
  private:
   cuda::Launcher& launcher_;
   c10::Device device_;
-  const RuleInfo* rule_;
+  const RuleInfo& rule_;
   int variant_;
   cuda::Scalars scalars_;
   size_t groups_;

@@ -178,7 +178,7 @@ int StepPlan::table_for(StorageTuple storage, int variant, c10::Device device,
   }
   Launch& launch = launches_.emplace_back(variant, device, plain_keys(device.type()));
   if (launcher != nullptr) {
-    launch.on_device = std::make_unique<TableOnDevice>(*launcher, device, &rule_, variant, storage,
+    launch.on_device = std::make_unique<TableOnDevice>(*launcher, device, rule_, variant, storage,
                                                        scalars, groups_.size());
   }
   launch.table.storage = storage;

@@ -61,12 +61,4 @@ cuda::Status TritonLauncher::accumulate(const StorageTuple& storage, const cuda:
   return nullptr;
 }
 
-cuda::Status TritonLauncher::floor(int states, const cuda::DeviceTable& table, const Pass& pass,
-                                   cuda::Stream stream) {
-  kernels_.attr("floor")(states, address(table.rows), address(table.chunks), address(table.layouts),
-                         address(table.slots), table.chunk_count, address(pass.verdict),
-                         pass.zero_grads, address(stream));
-  return nullptr;
-}
-
 }  // namespace fusedopt

@@ -8,7 +8,7 @@
 namespace fusedopt {
 
 // Gives a launch's numbers and addresses to `kernels`, an object with the methods multiprocessors,
-// load, update, prepare, norm, accumulate and floor. Called with the GIL held; what they raise passes through.
+// load, update, prepare, norm and accumulate. Called with the GIL held; what they raise passes through.
 class TritonLauncher final : public cuda::GpuLauncher {
  public:
   explicit TritonLauncher(pybind11::object kernels) : kernels_(std::move(kernels)) {}
@@ -26,8 +26,6 @@ class TritonLauncher final : public cuda::GpuLauncher {
                     cuda::Stream stream) override;
   cuda::Status accumulate(const StorageTuple& storage, const cuda::DeviceTable& table,
                           const Pass& pass, cuda::Stream stream) override;
-  cuda::Status floor(int states, const cuda::DeviceTable& table, const Pass& pass,
-                     cuda::Stream stream) override;
 
  private:
   pybind11::object kernels_;

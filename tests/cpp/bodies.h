@@ -1,7 +1,6 @@
 // The bodies of the CUDA kernels as functions of the host, found as the kernels are.
 #pragma once
 
-#include "core/floor.h"
 #include "cuda/body.h"
 #include "cuda/norm.h"
 #include "cuda/prepare.h"
@@ -52,14 +51,6 @@ inline RunChunk update_of(int rule, int variant, int storage) {
   FUSEDOPT_FOR_EACH_RULE(FIND)
 #undef FIND
   return nullptr;
-}
-
-inline RunChunk floor_of(int states) {
-  const RunChunk floors[] = {run_update<cuda::Body<Floor<0>, 0, float, float, float>>,
-                             run_update<cuda::Body<Floor<1>, 0, float, float, float>>,
-                             run_update<cuda::Body<Floor<2>, 0, float, float, float>>,
-                             run_update<cuda::Body<Floor<3>, 0, float, float, float>>};
-  return floors[states];
 }
 
 inline RunSlot prepare_of(int rule, bool in_double) {

@@ -67,10 +67,6 @@ class Rehearsal final : public Launcher {
     });
   }
 
-  Status floor(int states, const DeviceTable& table, const Pass& pass, Stream) override {
-    return over_chunks(floor_of(states), table, {}, pass);
-  }
-
   bool capturing(Stream) override { return captured != nullptr; }
 
   Status keep(Stream, void* object, void (*release)(void*)) override {
