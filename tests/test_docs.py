@@ -1,4 +1,4 @@
-"""The documentation does what it says: its Python runs, its links lead somewhere."""
+"""The docs: their Python runs and their links resolve."""
 
 import doctest
 import importlib
