@@ -94,9 +94,16 @@ def accumulate_kernel(param, grad, launcher=None, target=HOPPER):
     return compiled(f"accumulate {grad}", (param, grad, param), instance, launcher, target)
 
 
-# All storage types of one rule, and all rules in one type; the products are in the long run.
-SOME = [*product([("adam", 1)], STORAGES), *product(variants(), [(F32,) * 3])]
-EVERY = [*product(variants(), STORAGES)]
+# A type and a number of states each at least once; the product is in the long run.
+SOME = [
+    ("sgd", 0, (F32, F32, F32)),
+    ("sgd", 1, (BF16, F32, BF16)),
+    ("adam", 0, (F64, F64, F64)),
+    ("adam", 1, (BF16, BF16, F32)),
+    ("adam", 1, (F16, F16, F16)),
+    ("rmsprop", 3, (F32, F32, F32)),
+]
+EVERY = [(*variant, storage) for variant, storage in product(variants(), STORAGES)]
 # The types of parameters and gradients, as kernels of gradients alone have them.
 SOME_GRADS = [(F32, F32), (BF16, BF16)]
 EVERY_GRADS = [*SOME_GRADS, (F64, F64), (F16, F16)]
@@ -113,7 +120,7 @@ def asked(request):
 
 @pytest.fixture(scope="session")
 def updates(asked):
-    return [update_kernel(*variant, storage) for variant, storage in asked[0]]
+    return [update_kernel(*asked_for) for asked_for in asked[0]]
 
 
 @pytest.fixture(scope="session")
