@@ -20,7 +20,7 @@ from fusedopt import _C
 NVCC = shutil.which("nvcc")
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-I", str(ROOT / "csrc")]
-# Two rules, and no fp16: what is asserted of the rest is the same code's. The long run has them all.
+# Two rules, and no fp16: the rest is the same code. The long run has all of it.
 FEW_RULES = ["-include", str(ROOT / "tests/cpp/small_registry.h")]
 SIZES = {"float": 4, "double": 8, "fusedopt::BF16": 2, "fusedopt::F16": 2}
 ACCESS_BYTES = 16
@@ -82,8 +82,8 @@ def compile_unit(source, folder, flags):
     cubin, kept = folder / f"{source.stem}.cubin", folder / source.stem
     kept.mkdir()
     report = run(
-        NVCC, *FLAGS, *flags, "-arch=sm_90", "-cubin", "-Xptxas", "-v", "--keep", "--keep-dir", str(kept),
-        str(source), "-o", str(cubin),
+        NVCC, *FLAGS, *flags, "-arch=sm_90", "-cubin", "-Xptxas", "-v", "--keep", "--keep-dir",
+        str(kept), str(source), "-o", str(cubin),
     )  # fmt: skip
     ptx = kept / f"{source.stem}.ptx"  # on the way to the cubin
     assert "warning" not in report, report
