@@ -1,8 +1,8 @@
-"""Every optimizer of fusedopt learns handwritten digits, and micro-batches make the same curve.
+"""All optimizers of fusedopt learn digits, and accumulated micro-batches give the same curve.
 
 A network 64-100-100-10 learns scikit-learn's 1,797 digits from the same weights, on the same
-batches in the same order, with SGD, momentum, Nesterov's momentum and each further optimizer that
-fusedopt exports. Training is that of `python -m fusedopt.bench train`, which compares with
+batches in the same order, with SGD, momentum, Nesterov momentum and every other optimizer of
+fusedopt. The training code is that of `python -m fusedopt.bench train`, which compares with
 torch.optim. Then 128 images a step, as one batch and as four micro-batches of 32.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import BLACK, COLOURS, DASHES, Example, plain_numbers
+from common import BLACK, COLOURS, DASHES, WIDE, Example, plain_numbers
 from matplotlib import pyplot
 from torch import Tensor
 
@@ -27,9 +27,10 @@ from fusedopt.bench.train import BATCH, MODELS, Digits, Run, train_in_lockstep
 EPOCHS, SHORT_EPOCHS = 30, 16
 SEED = 0
 MICRO_BATCHES = 4
-RIGHT = 85.0  # percentage of test images that every optimizer must get right
-# Rounding differs between the mean of four means and the mean of all, and training amplifies it.
-SAME = 1e-4  # largest relative difference between the two curves
+RIGHT = 85.0  # least accuracy on the test images, in percent
+# Largest relative difference between the curves: the mean of four means rounds differently from the
+# mean of all, and training amplifies the difference.
+SAME = 1e-4
 
 SGD: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1},
@@ -39,40 +40,39 @@ SGD: dict[str, dict[str, Any]] = {
 
 
 def contestants() -> dict[str, tuple[str, dict[str, Any]]]:
-    """By title: the class, and its settings, which are those of the benchmark."""
-    others = [name for name in optimizers.names() if name != "SGD"]
-    return {title: ("SGD", settings) for title, settings in SGD.items()} | {
-        name: (name, optimizers.settings(name).train) for name in others
-    }
+    """Class name and settings, which are the benchmark's, for each title."""
+    names = [name for name in optimizers.names() if name != "SGD"]
+    others = {name: (name, optimizers.settings(name).train) for name in names}
+    return {title: ("SGD", settings) for title, settings in SGD.items()} | others
 
 
 def run_of(model: torch.nn.Module, name: str, **settings: Any) -> Run:
-    """A copy of a model under one of fusedopt's optimizers."""
-    twin = copy.deepcopy(model)
-    return Run(twin, getattr(fusedopt, name)(twin.parameters(), **settings))
+    """A copy of a model with one of fusedopt's optimizers."""
+    own = copy.deepcopy(model)
+    return Run(own, getattr(fusedopt, name)(own.parameters(), **settings))
 
 
 def mean_of(losses: Sequence[float], number: int) -> list[float]:
-    """The mean of every so many."""
+    """The means of `number` losses each."""
     return torch.tensor(losses, dtype=torch.float64).view(-1, number).mean(1).tolist()
 
 
 def race(example: Example, digits: Digits, epochs: int) -> None:
-    """All optimizers, on the same batches."""
+    """Trains with all optimizers on the same batches."""
     torch.manual_seed(SEED)
     model = MODELS["mlp"]()
     runs = {title: run_of(model, name, **kw) for title, (name, kw) in contestants().items()}
-    for epoch in example.track([*digits.batches(epochs, SEED)], "race"):
+    for epoch in example.track(digits.batches(epochs, SEED), "race"):
         train_in_lockstep([*runs.values()], epoch)
 
     figure, axes = pyplot.subplots(figsize=(9, 5.4))
-    rows = []
+    rows, curves = [], {}
     for index, (title, run) in enumerate(runs.items()):
-        losses = mean_of(run.losses, len(run.losses) // epochs)
+        curves[title] = losses = mean_of(run.losses, len(run.losses) // epochs)
         accuracy = run.accuracy(digits.test_images, digits.test_classes)
-        tag = f"race/{title.replace(', ', '_')}"
-        example.curve(axes, tag, range(1, epochs + 1), losses, color=COLOURS[index % len(COLOURS)],
-                      linestyle=DASHES[(index + index // len(COLOURS)) % len(DASHES)],
+        turn, hue = divmod(index, len(COLOURS))
+        example.curve(axes, f"race/{title}", range(1, epochs + 1), losses, color=COLOURS[hue],
+                      linestyle=DASHES[(hue + turn) % len(DASHES)],
                       label=f"{title} ({accuracy:.1f}% of test images right)")  # fmt: skip
         warm = run.step_seconds[len(run.step_seconds) // epochs :]
         step = Stats.of(warm or run.step_seconds).scaled(1e6)
@@ -84,54 +84,51 @@ def race(example: Example, digits: Digits, epochs: int) -> None:
         example.claim(f"{title}: at least {RIGHT:.0f}% of test images right",
                       accuracy >= RIGHT, f"{accuracy:.1f}%")  # fmt: skip
     axes.set(xlabel="epoch (1,200 images)", yscale="log",
-             ylabel="training log-loss (nats, mean of the epoch)")  # fmt: skip
+             ylabel="training log-loss (nats, mean of the epoch)",
+             title=f"Handwritten digits, 64-100-100-10, batches of {BATCH}: the race")  # fmt: skip
     plain_numbers(axes)
-    axes.set_title(f"Handwritten digits, 64-100-100-10, batches of {BATCH}: the race")
     axes.legend()
-    figure.tight_layout()
     example.save(figure, "digits_race")
     example.table(
         f"After {epochs} epochs (step: median time of optimizer.step() from the second epoch on)",
         ("optimizer", "settings", "first loss", "last loss", "test acc. %", "step us"),
         rows,
     )
-    plain, fast = (mean_of(runs[t].losses, len(runs[t].losses) // epochs) for t in [*SGD][:2])
+    plain, fast = curves["SGD"], curves["SGD, momentum"]
     example.claim("Momentum is ahead of plain SGD at the same learning rate, in every epoch",
                   all(a < b for a, b in zip(fast, plain, strict=True)),
                   f"{fast[-1]:.4f} against {plain[-1]:.4f} at the end")  # fmt: skip
 
 
 def large_batches(epoch: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """An epoch's batches in pairs, a last one that is not whole left out."""
+    """An epoch's batches joined in pairs, without a smaller last one."""
     whole = [batch for batch in epoch if len(batch[1]) == BATCH]
     pairs = zip(whole[::2], whole[1::2], strict=False)
     return [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in pairs]
 
 
 def accumulate(example: Example, digits: Digits, epochs: int) -> None:
-    """One batch of 128, and four micro-batches of 32 accumulated."""
+    """Trains with batches of 128, and with four accumulated micro-batches of 32."""
     torch.manual_seed(SEED)
     model = MODELS["mlp"]()
     titles = {"SGD, momentum": "SGD", "AdamW": "AdamW"}
     figure, panels = pyplot.subplots(1, len(titles), figsize=(11, 4.4), sharey=True)
-    large = 2 * BATCH
-    small = large // MICRO_BATCHES
+    large, small = 2 * BATCH, 2 * BATCH // MICRO_BATCHES
     for axes, (title, name) in zip(panels, titles.items(), strict=True):
         settings = contestants()[title][1]
         whole = run_of(model, name, **settings)
         parts = run_of(model, name, **settings, accumulation_steps=MICRO_BATCHES)
-        for epoch in example.track([*digits.batches(epochs, SEED)], f"micro-batches, {title}"):
+        for epoch in example.track(digits.batches(epochs, SEED), f"micro-batches, {title}"):
             for images, classes in large_batches(epoch):
                 whole.train_on(images, classes)
                 for batch in zip(images.split(small), classes.split(small), strict=True):
                     parts.train_on(*batch)
         ours = mean_of(parts.losses, MICRO_BATCHES)
-        tag = f"micro-batches/{title.replace(', ', '_')}"
         steps = range(1, len(ours) + 1)
-        wide = {"color": "#9ccbe8", "linewidth": 5, "label": f"one batch of {large}"}
-        thin = {"color": BLACK, "linewidth": 1, "label": f"{MICRO_BATCHES} x {small} accumulated"}
-        example.curve(axes, f"{tag}/one_batch", steps, whole.losses, **wide)
-        example.curve(axes, f"{tag}/accumulated", steps, ours, **thin)
+        example.curve(axes, f"micro-batches/{title}/one_batch", steps, whole.losses,
+                      label=f"one batch of {large}", **WIDE)  # fmt: skip
+        example.curve(axes, f"micro-batches/{title}/accumulated", steps, ours, color=BLACK,
+                      linewidth=1, label=f"{MICRO_BATCHES} x {small} accumulated")  # fmt: skip
         axes.set(xlabel=f"update ({large} images)", yscale="log", title=title)
         plain_numbers(axes)
         axes.legend()
@@ -141,15 +138,13 @@ def accumulate(example: Example, digits: Digits, epochs: int) -> None:
                       f"to {SAME:g} of the loss",
                       apart <= SAME, f"{apart:.1e} at most")  # fmt: skip
     panels[0].set_ylabel("training log-loss (nats)")
-    figure.suptitle(f"accumulation_steps={MICRO_BATCHES}: micro-batches make the same curve")
-    figure.tight_layout()
+    figure.suptitle(f"accumulation_steps={MICRO_BATCHES}: micro-batches give the same curve")
     example.save(figure, "digits_micro_batches")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the race; the exit status."""
+    """Runs the race; returns the exit status."""
     example = Example(__doc__, arguments)
-    torch.set_num_threads(1)  # the network is no work for two
     digits = Digits.load()
     epochs = SHORT_EPOCHS if example.short else EPOCHS
     race(example, digits, epochs)
