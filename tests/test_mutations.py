@@ -204,8 +204,8 @@ MUTATIONS = [
     Mutation(
         "a tier skips the tail",
         "cpu/kernels.h",
-        "if (i < span.count) tail<kPlain>(",
-        "if (false) tail<kPlain>(",
+        "loop(rest.span, V::kLanes, rest.span, task);",
+        "",
         "sizes: sgd variant 0 float32/float32/float32 on generic",
         **_GENERIC,
     ),

@@ -22,6 +22,57 @@ FUSEDOPT_INLINE void prefetch(uintptr_t address) {
   __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
 }
 
+// The last elements of a span, too few for a vector, in buffers: a kernel's loop runs over these once
+// more, so no access lies outside of the arrays. The same for all rules.
+class Rest {
+ public:
+  // Bytes an element: of the parameter, the gradient, the states of the rule and the driver's own.
+  struct Sizes {
+    int8_t of[kMaxArrays];
+  };
+  template <class P, class G, class S, class T>
+  static constexpr Sizes sizes() {
+    Sizes made{{sizeof(P), sizeof(G)}};
+    for (int k = 0; k < kMaxStates; ++k) made.of[2 + k] = sizeof(S);
+    made.of[2 + kAccumulator] = made.of[2 + kAverage] = sizeof(T);
+    return made;
+  }
+
+  __attribute__((noinline)) Rest(const Span& from, int64_t begin, const Sizes& sizes)
+      : from_(from), sizes_(sizes) {
+    const int64_t count = from.count - begin;
+    for (int a = 0; a < kMaxArrays; ++a) {
+      char*& array = at(from_, a);
+      if (array == nullptr) continue;
+      array += begin * sizes.of[a];
+      __builtin_memset(buffers_[a], 0, FUSEDOPT_VECTOR_BYTES);
+      __builtin_memcpy(buffers_[a], array, count * sizes.of[a]);
+      at(span, a) = buffers_[a];
+    }
+    from_.count = count;
+  }
+  __attribute__((noinline)) void write_back(bool grad) {
+    for (int a = 0; a < kMaxArrays; ++a) {
+      char* array = at(from_, a);
+      if (array == nullptr || (a == 1 && !grad)) continue;
+      __builtin_memcpy(array, buffers_[a], from_.count * sizes_.of[a]);
+    }
+  }
+
+  Span span{};  // over the buffers
+
+ private:
+  FUSEDOPT_INLINE static char*& at(Span& of, int array) {
+    return reinterpret_cast<char*&>(array == 0   ? of.param
+                                    : array == 1 ? of.grad
+                                                 : of.state[array - 2]);
+  }
+
+  alignas(64) char buffers_[kMaxArrays][FUSEDOPT_VECTOR_BYTES];
+  Span from_;
+  Sizes sizes_;
+};
+
 template <class Rule, int kVariant, class P, class G, class S>
 struct Update {
   using T = typename ComputeOf<P>::Type;
@@ -50,7 +101,7 @@ struct Update {
     }
   };
 
-  // What the driver does around the rule; without it (kPlain) there is a gradient and nothing else.
+  // What the driver does around the rule: the same for all of a launch.
   struct Around {
     T factor = 1;
     T in = 1;
@@ -58,9 +109,11 @@ struct Update {
     T rest = 0;
     bool take = true;
     bool zero = false;
+    bool plain = false;  // there is a gradient and nothing else
 
     explicit Around(const Pass& pass) {
       zero = pass.zero_grads != 0;
+      plain = pass.verdict == nullptr && !zero;
       if (pass.verdict == nullptr) return;
       factor = pass.verdict->template factor<T>();
       in = pass.verdict->template in<T>();
@@ -70,25 +123,34 @@ struct Update {
     }
   };
 
-  template <bool kPlain>
   FUSEDOPT_INLINE static void vector(const Arrays& at, int64_t i, T factor, const Around& around,
                                      const SlotType& slot) {
     V p = load(at.param + i);
-    V g{};
-    if (kPlain || (at.grad != nullptr && around.take)) g = load(at.grad + i);
-    if (!kPlain && at.accumulator != nullptr) {
-      const V sum = load(at.accumulator + i);
-      g = at.grad != nullptr && around.take ? sum + g * around.in : sum;
-      store(at.accumulator + i, V{});
-    }
+    V g = around.plain ? load(at.grad + i) : gather_grad(at, i, around);
     g = g * factor;
     V s[kMaxStates];
     for (int k = 0; k < kStates; ++k) s[k] = load(at.state[k] + i);
     Rule::template update<kVariant>(p, g, s, slot.scalars);
     store(at.param + i, p);
     for (int k = 0; k < kStates; ++k) store(at.state[k] + i, s[k]);
-    if (kPlain) return;
+    if (!around.plain) finish(at, i, around);
+  }
+
+  // The gradient that the rule sees, up to the factor.
+  FUSEDOPT_INLINE static V gather_grad(const Arrays& at, int64_t i, const Around& around) {
+    V g{};
+    if (at.grad != nullptr && around.take) g = load(at.grad + i);
+    if (at.accumulator != nullptr) {
+      prefetch(ahead_of(at.accumulator + i));
+      const V sum = load(at.accumulator + i);
+      g = at.grad != nullptr && around.take ? sum + g * around.in : sum;
+      store(at.accumulator + i, V{});
+    }
+    return g;
+  }
+  FUSEDOPT_INLINE static void finish(const Arrays& at, int64_t i, const Around& around) {
     if (at.average != nullptr) {  // of the parameter as it is stored
+      prefetch(ahead_of(at.average + i));
       const V average = load(at.average + i);
       store(at.average + i, around.decay * average + around.rest * load(at.param + i));
     }
@@ -96,12 +158,17 @@ struct Update {
   }
 
   static void run(const Span& span, const Span& next, const Task& task) {
-    const bool plain = task.pass.verdict == nullptr && task.pass.zero_grads == 0;
-    return plain ? run_as<true>(span, next, task) : run_as<false>(span, next, task);
+    const int64_t whole = span.count - span.count % V::kLanes;
+    if (whole != 0) loop(span, whole, next, task);
+    if (whole == span.count) return;
+    constexpr Rest::Sizes kSizes = Rest::sizes<P, G, S, T>();
+    Rest rest(span, whole, kSizes);
+    loop(rest.span, V::kLanes, rest.span, task);
+    rest.write_back(task.pass.zero_grads != 0);
   }
 
-  template <bool kPlain>
-  static void run_as(const Span& span, const Span& next, const Task& task) {
+  __attribute__((noinline)) static void loop(const Span& span, int64_t count, const Span& next,
+                                             const Task& task) {
     const SlotType slot = *static_cast<const SlotType*>(task.slot);
     const Arrays at(span);
     const Around around(task.pass);
@@ -109,8 +176,7 @@ struct Update {
 
     // Ahead of the last elements lie the first ones of the next span.
     constexpr int64_t kAhead = kPrefetchAhead / sizeof(P);
-    const int64_t whole = span.count - span.count % V::kLanes;
-    const int64_t ends[] = {whole > kAhead ? whole - kAhead : 0, whole};
+    const int64_t ends[] = {count > kAhead ? count - kAhead : 0, count};
     const auto or_param = [](const Span& of) { return of.grad != nullptr ? of.grad : of.param; };
     uintptr_t ahead[2 + kMaxStates] = {ahead_of(at.param), ahead_of(or_param(span))};
     for (int k = 0; k < kStates; ++k) ahead[2 + k] = ahead_of(at.state[k]);
@@ -118,9 +184,7 @@ struct Update {
     for (const int64_t end : ends) {
       for (; i < end; i += V::kLanes) {
         at.prefetch_at(ahead, i);
-        if (!kPlain && at.accumulator != nullptr) prefetch(ahead_of(at.accumulator + i));
-        if (!kPlain && at.average != nullptr) prefetch(ahead_of(at.average + i));
-        vector<kPlain>(at, i, factor, around, slot);
+        vector(at, i, factor, around, slot);
       }
       const auto begin = [&](const void* array, size_t size) {
         return reinterpret_cast<uintptr_t>(array) - i * size;
@@ -129,42 +193,6 @@ struct Update {
       ahead[1] = begin(or_param(next), sizeof(G));
       for (int k = 0; k < kStates; ++k) ahead[2 + k] = begin(next.state[k], sizeof(S));
     }
-    if (i < span.count) tail<kPlain>(at, i, span.count - i, factor, around, slot);
-  }
-
-  // The last, partial vector goes through buffers: the same instructions as the body, hence the
-  // same bits, and no access outside the arrays.
-  template <bool kPlain>
-  static void tail(const Arrays& from, int64_t begin, int64_t count, T factor, const Around& around,
-                   const SlotType& slot) {
-    P param[V::kLanes] = {};
-    G grad[V::kLanes] = {};
-    S state[kMaxStates][V::kLanes] = {};
-    T accumulator[V::kLanes] = {};
-    T average[V::kLanes] = {};
-    Arrays at = from;
-    const auto take = [&](auto*& array, auto* buffer) {
-      if (array == nullptr) return;
-      __builtin_memcpy(buffer, array + begin, count * sizeof(*array));
-      array = buffer;
-    };
-    const auto put = [&](auto* array, const auto* buffer) {
-      if (array != nullptr) __builtin_memcpy(array + begin, buffer, count * sizeof(*array));
-    };
-    take(at.param, param);
-    take(at.grad, grad);
-    for (int k = 0; k < kStates; ++k) take(at.state[k], state[k]);
-    if (!kPlain) {
-      take(at.accumulator, accumulator);
-      take(at.average, average);
-    }
-    vector<kPlain>(at, 0, factor, around, slot);
-    put(from.param, param);
-    for (int k = 0; k < kStates; ++k) put(from.state[k], state[k]);
-    if (kPlain) return;
-    put(from.accumulator, accumulator);
-    put(from.average, average);
-    if (around.zero) put(from.grad, grad);
   }
 };
 
@@ -278,21 +306,17 @@ struct Accumulate {
     const T in = task.pass.verdict->template in<T>();
     const bool take = task.pass.verdict->take != 0;
     const bool zero = task.pass.zero_grads != 0;
-    int64_t i = 0;
-    for (; i + V::kLanes <= span.count; i += V::kLanes) {
+    const int64_t whole = span.count - span.count % V::kLanes;
+    for (int64_t i = 0; i < whole; i += V::kLanes) {
       prefetch(ahead_of(grad + i));
       prefetch(ahead_of(accumulator + i));
       vector(grad + i, accumulator + i, in, take, zero);
     }
-    const int64_t count = span.count - i;
-    if (count == 0) return;
-    G grad_buffer[V::kLanes] = {};
-    T accumulator_buffer[V::kLanes] = {};
-    __builtin_memcpy(grad_buffer, grad + i, count * sizeof(G));
-    __builtin_memcpy(accumulator_buffer, accumulator + i, count * sizeof(T));
-    vector(grad_buffer, accumulator_buffer, in, take, zero);
-    if (zero) __builtin_memcpy(grad + i, grad_buffer, count * sizeof(G));
-    __builtin_memcpy(accumulator + i, accumulator_buffer, count * sizeof(T));
+    if (whole == span.count) return;
+    Rest rest(span, whole, Rest::sizes<G, G, T, T>());
+    vector(static_cast<G*>(rest.span.grad), static_cast<T*>(rest.span.state[kAccumulator]), in,
+           take, zero);
+    rest.write_back(zero);
   }
 
   FUSEDOPT_INLINE static void vector(G* grad, T* accumulator, T in, bool take, bool zero) {
