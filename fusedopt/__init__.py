@@ -1,8 +1,8 @@
-"""Multi-tensor fused optimizers: torch.optim's classes, stepped at memory speed.
+"""Multi-tensor fused optimizers: torch.optim's classes with a step that runs at memory speed.
 
 Change one import (``from torch.optim import AdamW`` to ``from fusedopt import AdamW``);
-constructors, errors, ``state_dict`` and trajectories stay torch's. ``python -m fusedopt`` says what
-was built and which backend each device gets.
+constructors, errors, ``state_dict`` and trajectories stay torch's. ``python -m fusedopt`` prints
+what was built and which backend each device gets.
 """
 
 from fusedopt import functional

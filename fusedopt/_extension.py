@@ -1,4 +1,4 @@
-"""Loads the compiled extension, or says in one line why it cannot be loaded and what to do."""
+"""Loads the compiled extension, or raises an error that says why not and how to fix it."""
 
 from __future__ import annotations
 

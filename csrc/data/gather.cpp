@@ -9,13 +9,13 @@ namespace fusedopt {
 namespace {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
-// Bytes that a thread takes at a time: long enough for the counter not to matter, short enough for
-// threads to end together.
+// Bytes that a thread copies at a time: large enough to hide the cost of the shared counter, small
+// enough that threads finish at about the same time.
 constexpr int64_t kPieceBytes = 128 * 1024;
-// Waking a thread pays for itself above this; a batch below is copied by the caller.
+// Waking the worker threads pays off above this size; the caller copies smaller batches alone.
 constexpr int64_t kSerialBytes = 64 * 1024;
-// Rows are anywhere in memory, where the processor cannot guess: the lines of a row this many bytes
-// ahead in the batch are asked for while the row before is copied.
+// Prefetch distance, in bytes of the batch. Rows are at random addresses, which the hardware
+// prefetcher cannot predict.
 constexpr int64_t kAheadBytes = 8192;
 
 struct Rows {
@@ -37,12 +37,12 @@ void copy_short(const Rows& rows, int64_t begin, int64_t end) {
 void copy_long(const Rows& rows, int64_t begin, int64_t end, int64_t count) {
   const int64_t bytes = rows.source.bytes;
   const int64_t ahead = std::max<int64_t>(1, kAheadBytes / std::max<int64_t>(bytes, 1));
-  const int64_t asked = std::min(bytes, kAheadBytes);
+  const int64_t prefetched = std::min(bytes, kAheadBytes);
   char* to = rows.source.batch + begin * bytes;
   for (int64_t i = begin; i < end; ++i, to += bytes) {
     if (i + ahead < count) {
       const char* next = rows.at(i + ahead);
-      for (int64_t line = 0; line < asked; line += kLine) __builtin_prefetch(next + line);
+      for (int64_t line = 0; line < prefetched; line += kLine) __builtin_prefetch(next + line);
     }
     std::memcpy(to, rows.at(i), static_cast<size_t>(bytes));
   }

@@ -29,13 +29,13 @@ namespace py = pybind11;
 
 Ring::Ring(int64_t slots, bool pinned) : most_(std::max<int64_t>(slots, 1)), pinned_(pinned) {}
 
-// Memory that other processes see (a tensor in it was sent to one) or that a lazy copy shares is not
-// counted by the storage's references.
+// The reference count of a storage does not cover other processes that share its memory (its data
+// pointer has changed then) nor copy-on-write copies.
 bool Ring::Slot::free() const {
   const c10::DataPtr& pointer = storage.data_ptr();
   if (storage.use_count() != 1 || pointer.get() != data) return false;
   if (c10::impl::cow::is_cow_data_ptr(pointer)) return false;
-  // What the last holder read, on whichever thread, is read before we write.
+  // Order the last holder's reads, on any thread, before our writes.
   std::atomic_thread_fence(std::memory_order_acquire);
   return true;
 }
@@ -52,7 +52,7 @@ c10::Storage Ring::take_bytes(size_t leaf, size_t bytes) {
   Leaf& line = leaves_[leaf];
   line.largest = std::max(line.largest, bytes);
   Slot* small = nullptr;
-  for (Slot& slot : line.slots) {  // from the first: the one that is still in the caches
+  for (Slot& slot : line.slots) {  // from the first, which is most likely still in the caches
     if (!slot.free()) continue;
     if (slot.storage.nbytes() >= bytes) return slot.storage;
     small = &slot;
@@ -61,7 +61,7 @@ c10::Storage Ring::take_bytes(size_t leaf, size_t bytes) {
     line.slots.push_back(allocate(line.largest));
     return line.slots.back().storage;
   }
-  // All are held: the oldest is left to its holder.
+  // All are in use or too small: replace one. Tensors in it keep its old memory alive.
   Slot& slot = small != nullptr ? *small : line.slots[line.given++ % most_];
   slot = allocate(line.largest);
   return slot.storage;

@@ -1,4 +1,4 @@
-// The host buffers that batches of data are written to, used again once nobody holds them.
+// Host buffers for batches, reused once no tensor in them is alive.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,37 +8,36 @@
 
 namespace fusedopt {
 
-// Every leaf of a batch (images, labels, ...) has buffers of its own, so that a consumer who keeps the
-// labels of an epoch does not keep its images. A buffer belongs to whoever holds a tensor in it: it is
-// free when the ring's is the last reference to its storage. The calls hold the GIL while they look for
-// buffers, so several threads may share a ring.
+// Every leaf of a batch (images, labels, ...) has its own buffers, so a consumer who keeps the labels
+// of an epoch does not keep its images. A buffer is free when the ring holds the only reference to its
+// storage. Buffers are chosen under the GIL, so several threads may share a ring.
 class Ring {
  public:
-  // At most `slots` buffers a leaf are kept; `pinned` ones are what a GPU can copy from by itself.
+  // Keeps at most `slots` buffers for each leaf, in page-locked memory if `pinned`.
   Ring(int64_t slots, bool pinned);
 
-  // Rows of every source, one after the other: those that `index` lists, or, where it is undefined,
-  // `count` from `first` on. One pass over memory, without the GIL.
+  // Gathers `count` rows of every source: rows index[first], index[first + 1], ... or, if `index` is
+  // undefined, rows first, first + 1, ... Releases the GIL while copying.
   std::vector<at::Tensor> gather(const std::vector<at::Tensor>& sources, const at::Tensor& index,
                                  int64_t first, int64_t count);
 
-  // The same tensors in buffers of the ring, in the same memory order. Without the GIL.
+  // Copies tensors into buffers of the ring, in the same memory order. Releases the GIL.
   std::vector<at::Tensor> copy(const std::vector<at::Tensor>& tensors);
 
-  // How many buffers were allocated so far: does not grow in steady state.
+  // Number of buffers allocated so far; constant in steady state.
   int64_t allocations() const { return allocations_; }
 
  private:
   struct Slot {
     c10::Storage storage;
-    const void* data;  // where it lay when it was allocated
+    const void* data;  // the storage's pointer when it was allocated
 
     bool free() const;
   };
   struct Leaf {
     std::vector<Slot> slots;
-    size_t largest = 0;  // bytes, of all batches so far
-    size_t given = 0;    // slots whose buffers were left to their holders, counted on
+    size_t largest = 0;  // bytes of the largest batch so far
+    size_t given = 0;    // number of buffers replaced while in use; chooses the next one, in turn
   };
 
   at::Tensor take(size_t leaf, const at::Tensor& like, at::IntArrayRef sizes,

@@ -1,4 +1,4 @@
-"""Feeding a GPU: batches in page-locked memory, on their way before they are asked for."""
+"""Data loading: gathers batches, pins them, and copies them to a GPU ahead of time."""
 
 from .device_prefetcher import DevicePrefetcher
 from .pinning import pin_batch

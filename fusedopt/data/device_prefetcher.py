@@ -1,4 +1,4 @@
-"""DevicePrefetcher: any loader's batches, on the device before they are asked for."""
+"""DevicePrefetcher: copies any loader's batches to a device ahead of time."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from fusedopt import _C
 from .lanes import Lane, lane_to
 from .prefetching import END, Channel, Ended, Iteration, Producer
 
-# Buffers a tensor of a batch beside those of the batches ahead: of the one that is being made, of
-# the one in the consumer's hands, and of a copy that the device has not finished.
+# Buffers needed for each tensor of a batch, besides those of the prefetched batches: for the batch
+# that is being made, the one that the consumer uses, and a copy that the device has not finished.
 MORE_BUFFERS = 3
 
 
 class DevicePrefetcher:
     """Yields the batches of a loader on a device, some of them ahead of the consumer.
 
-    A thread takes batches from the loader, copies their tensors into page-locked buffers and starts
-    their way to the device on a stream of its own, beside the consumer's kernels. The buffers are a
-    ring that grows to the largest batch and is then used for ever. A batch may be used on the
-    stream that is current when it is asked for, and belongs to the consumer: nothing writes to it
-    again.
+    A thread takes batches from the loader, copies their tensors into page-locked buffers and from
+    there to the device, on a stream of its own, while the consumer's kernels run. The buffers grow
+    to the largest batch and are then reused. A batch may be used on the stream that is current when
+    the consumer asks for it, and is never overwritten.
 
-    On the CPU the thread prefetches, and batches are what the loader made.
+    On the CPU the thread prefetches the loader's own batches.
 
     Args:
         loader: any iterable of batches: a DataLoader, a torchdata node, a generator. Tensors,
@@ -35,8 +34,9 @@ class DevicePrefetcher:
             structure; lists may have any length.
         device: where batches go: ``"cuda"``, ``"cuda:1"``, ``"cpu"``.
         depth: how many batches are made ahead, at least 1. Default: 2.
-        transform: is given every batch on its device, on the lane's stream, and returns the batch
-            to yield: for example uint8 images to normalised bf16, after a fourth of the copying.
+        transform: is called with every batch on its device, on the thread's stream, and returns
+            the batch to yield. Converting uint8 images to fp32 here, for example, means copying a
+            fourth of the bytes.
 
     Raises:
         TypeError: `loader` cannot be iterated over.
@@ -44,11 +44,11 @@ class DevicePrefetcher:
             iterating: a batch has another structure than the first.
         RuntimeError: the device is not there; while iterating: in a child process after a fork.
 
-    What the loader or `transform` raises is raised where its batch would have come. All attributes
-    of the loader (``dataset``, ``sampler``, ``batch_sampler``, ``batch_size``, ...) are the
-    prefetcher's. ``state_dict`` is the loader's as it was after the last batch that was yielded,
-    whatever was prefetched since. A loader without workers runs in the thread, beside the
-    consumer: let it draw from a generator of its own if runs must repeat.
+    An error of the loader or of `transform` is raised in place of its batch. The prefetcher has all
+    attributes of the loader (``dataset``, ``sampler``, ``batch_sampler``, ``batch_size``, ...).
+    ``state_dict`` is the loader's state after the last batch that was yielded, not after those that
+    were prefetched. A loader without workers runs in the thread, concurrently with the consumer:
+    for reproducible runs, give it its own generator.
 
     Example:
         >>> batches = [{"x": torch.full((2, 3), float(i))} for i in range(3)]
@@ -87,19 +87,19 @@ class DevicePrefetcher:
                     yield batch, snapshot and snapshot()
                 yield END, snapshot and snapshot()
             finally:
-                del batches  # here, in the thread that runs it, and not where this is collected
+                del batches  # in the thread that runs it, rather than where it is garbage collected
 
         for batch, state in ahead(source(), self.depth, self._lane, self._ring, self.transform):
             self._state = state
             if batch is not END:
                 yield batch
-            del batch  # what the consumer dropped must not live on here
+            del batch  # do not keep a batch alive that the consumer has dropped
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # while it is unpickled
+        if name == "loader":  # not there yet, while it is unpickled
             raise AttributeError(name)
         return getattr(self.loader, name)
 
@@ -132,14 +132,14 @@ class DevicePrefetcher:
 
 
 def checked_depth(depth: int) -> int:
-    """`depth`, if it can be one."""
+    """Checks `depth`, and returns it."""
     if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
         raise ValueError(f"depth={depth!r}: wanted a whole number of batches, at least 1")
     return depth
 
 
 def pinned_ring(lane: Lane | None, depth: int) -> _C.Ring | None:
-    """The buffers that a device copies from; None where there is no device."""
+    """The page-locked buffers; None without a device."""
     return None if lane is None else _C.Ring(depth + MORE_BUFFERS, True)
 
 
@@ -150,7 +150,7 @@ def ahead(
     ring: _C.Ring | None,
     transform: Callable[[Any], Any] | None,
 ) -> Iterator[tuple[Any, Any]]:
-    """The (batch, state) pairs of a source, made `depth` ahead; ends with (END, state)."""
+    """Yields the (batch, state) pairs of a source, prefetched by `depth`; then (END, state)."""
     iteration = Iteration(Producer(source, Channel(depth), lane, ring, transform))
     try:
         while True:

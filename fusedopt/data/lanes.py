@@ -1,12 +1,12 @@
-"""The way of batches to a device: a stream of its own, and events between it and the consumer's.
+"""Copies batches to a device on a separate stream (a lane), ordered by events with the consumer's.
 
-A lane is told what to do by one thread that produces batches and one that consumes them.
+One thread produces batches, another consumes them.
 
 - The consumer's stream waits for the event after a batch's copies (`hand_over`).
-- The producing thread waits, on the host, until the consumer's stream is through with an earlier
-  batch: a host that runs far ahead of its GPU would otherwise fill the GPU's memory.
-- Memory of a batch comes from torch's allocator, on the lane's stream, and is marked as used on the
-  consumer's: it is given out again when the consumer let go of it and its kernels are done.
+- The producing thread waits on the host until the consumer's stream has finished with an earlier
+  batch. Otherwise a host that runs far ahead of its GPU would fill the GPU's memory.
+- torch's allocator allocates a batch's memory on the lane's stream. `record_stream` tells it that
+  the consumer's stream uses it too, so it is reused only after the consumer's kernels are done.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ class Event(Protocol):
 
 
 class Lane(Protocol):
-    """What the prefetcher asks of the way to a device."""
+    """What the prefetcher needs from a stream to a device."""
 
     def working(self) -> AbstractContextManager[Any]:
-        """While it is entered, this thread's copies and kernels go to the lane's stream."""
+        """Context in which this thread's copies and kernels go to the lane's stream."""
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the device of a tensor in pinned memory; does not wait."""
+        """Copies a tensor in pinned memory to the device; does not wait."""
 
     def wait_for_others(self) -> None:
-        """The lane's stream waits for what this thread launched on its usual one."""
+        """Makes the lane's stream wait for what this thread launched on the default stream."""
 
     def done(self) -> Event:
-        """A point after all that was launched so far."""
+        """The point after all that was launched so far."""
 
     def hand_over(self, done: Event, tensors: Iterable[torch.Tensor]) -> Event:
-        """The consumer's current stream waits for `done`, and will use `tensors`.
+        """Makes the consumer's current stream wait for `done`; marks `tensors` as used by it.
 
         Returns:
-            A point before that: after all that the consumer has launched on the stream.
+            The point after all that the consumer has launched on its stream before this call.
         """
 
 
@@ -60,30 +60,30 @@ class DeviceLane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._index = device.index  # a number is understood several times as fast as a device
+        self._index = device.index  # torch parses a number several times as fast as a device
         self._module = torch.get_device_module(device)
         self._stream = self._module.Stream(device)
 
     def working(self) -> AbstractContextManager[Any]:
-        """While it is entered, this thread's copies and kernels go to the lane's stream."""
+        """Context in which this thread's copies and kernels go to the lane's stream."""
         context: AbstractContextManager[Any] = self._module.stream(self._stream)
         return context
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the device of a tensor in pinned memory; does not wait."""
+        """Copies a tensor in pinned memory to the device; does not wait."""
         return tensor.to(self.device, non_blocking=True)
 
     def wait_for_others(self) -> None:
-        """The lane's stream waits for what this thread launched on its usual one."""
+        """Makes the lane's stream wait for what this thread launched on the default stream."""
         self._stream.wait_stream(self._module.default_stream(self._index))
 
     def done(self) -> Event:
-        """A point after all that was launched so far."""
+        """The point after all that was launched so far."""
         event: Event = self._stream.record_event()
         return event
 
     def hand_over(self, done: Event, tensors: Iterable[torch.Tensor]) -> Event:
-        """The consumer's current stream waits for `done`, and will use `tensors`."""
+        """Makes the consumer's current stream wait for `done`; marks `tensors` as used by it."""
         stream = self._module.current_stream(self._index)
         reached: Event = stream.record_event()
         stream.wait_event(done)
@@ -94,7 +94,7 @@ class DeviceLane:
 
 
 def lane_to(device: torch.device | str | int) -> DeviceLane | None:
-    """The lane to a device; None for the CPU, where batches are.
+    """The lane to a device; None for the CPU.
 
     Raises:
         ValueError: batches cannot be sent to such a device.
@@ -119,5 +119,5 @@ def lane_to(device: torch.device | str | int) -> DeviceLane | None:
 
 
 def working(lane: Lane | None) -> AbstractContextManager[Any]:
-    """The lane's stream as the current one; nothing where there is no lane."""
+    """Makes the lane's stream the current one; does nothing without a lane."""
     return nullcontext() if lane is None else lane.working()

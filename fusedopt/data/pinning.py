@@ -10,17 +10,17 @@ import torch
 
 from .structure import map_leaves, pins_itself
 
-# What holds nothing that a device would be sent.
+# Leaves without tensors, which need no pinning.
 PLAIN = (numbers.Number, str, bytes, bytearray, range, type(None))
 _warned: set[type] = set()
 
 
 def pin_batch(batch: Any) -> Any:
-    """Copies the tensors of a batch into page-locked memory, from which a GPU copies by itself.
+    """Copies the tensors of a batch into page-locked memory, for asynchronous copies to a GPU.
 
     Structure and types are kept: tensors, mappings, sequences, named tuples, dataclasses, and
-    objects with a ``pin_memory`` method, nested in any way. What is pinned already, or on a device,
-    is returned as it is, and so are numbers, strings and None.
+    objects with a ``pin_memory`` method, nested in any way. Tensors that are already pinned or on a
+    device are returned unchanged, and so are numbers, strings and None.
 
     Args:
         batch: what a loader or a collate function returned.
@@ -29,7 +29,7 @@ def pin_batch(batch: Any) -> Any:
         The same structure. Where nothing could be pinned, `batch` itself.
 
     Raises:
-        TypeError: a container is of a type that cannot be made again with other values.
+        TypeError: a container's type cannot be rebuilt with other values.
 
     Warns:
         UserWarning: a leaf is of a type that cannot be pinned, and is passed through (once for
@@ -49,7 +49,7 @@ def pin_batch(batch: Any) -> Any:
 
 
 def pin_leaf(leaf: Any) -> Any:
-    """A leaf in page-locked memory; itself, with a warning, where that cannot be."""
+    """A leaf in page-locked memory; the leaf itself, with a warning, if it cannot be pinned."""
     if pins_itself(leaf):
         return leaf.pin_memory()
     if isinstance(leaf, torch.Tensor):

@@ -20,8 +20,8 @@ from fusedopt import _C
 from .lanes import Event, Lane, working
 from .structure import difference, leaves_of, map_leaves, pins_itself
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 2e-5, 5e-4  # seconds between two questions
-JOIN_SECONDS = 5.0  # a source that takes longer for a batch ends by itself, after that batch
+SHORTEST_PAUSE, LONGEST_PAUSE = 2e-5, 5e-4  # seconds between two polls of an event
+JOIN_SECONDS = 5.0  # a thread that is busy for longer ends by itself, after its current batch
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Ready:
 
     Attributes:
         batch: on its device, or on its way there.
-        state: where the source was after it, for `state_dict`.
-        done: when it has arrived; None where there is no device.
+        state: the source's state after it, for `state_dict`.
+        done: event after its copies; None without a device.
     """
 
     batch: Any
@@ -41,14 +41,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class Ended:
-    """The source's end; `state` as of `Ready`."""
+    """The end of the source; `state` as in `Ready`."""
 
     state: Any
 
 
 @dataclass(frozen=True)
 class Failed:
-    """What the source raised in place of a batch."""
+    """An error that the source raised in place of a batch."""
 
     error: BaseException
 
@@ -57,16 +57,16 @@ Item = Ready | Ended | Failed
 
 
 class Channel:
-    """What one thread hands to another: at most `depth` batches, made or being made.
+    """A bounded queue between two threads, with at most `depth` batches, finished or in progress.
 
-    Made of SimpleQueues, which wait without the GIL: conditions would hand it back and forth
-    several times a batch.
+    Made of SimpleQueues, which release the GIL while they wait; conditions would acquire and
+    release it several times for each batch.
 
     Attributes:
         depth: how many batches the producer may be ahead.
-        closed: the consumer wants no more.
-        reached: where the consumer's stream was when it took a batch, an event each; None once it
-            is closed.
+        closed: whether the consumer wants no more.
+        reached: for each batch taken, an event of the consumer's stream at that time; None after
+            `close`.
     """
 
     def __init__(self, depth: int) -> None:
@@ -79,16 +79,16 @@ class Channel:
             self._room.put(None)
 
     def reserve(self) -> bool:
-        """Waits for room for another batch; False if none is wanted any more."""
+        """Waits for room for another batch; False if the channel is closed."""
         self._room.get()
         return not self.closed
 
     def put(self, item: Item) -> None:
-        """Hands over what was reserved for."""
+        """Appends an item, for which `reserve` was called."""
         self._items.put(item)
 
     def take(self) -> Item:
-        """Waits for the next one."""
+        """Waits for the next item."""
         item = self._items.get()
         self._room.put(None)
         return item
@@ -101,7 +101,7 @@ class Channel:
 
 
 class Producer:
-    """Makes batches of a source's: brings them to the device, and transforms them.
+    """Takes batches from a source, copies them to the device, and transforms them.
 
     Args:
         source: yields (batch, state).
@@ -124,20 +124,20 @@ class Producer:
         self.lane = lane
         self.ring = ring
         self.transform = transform
-        # Pinned memory that copies may still read, until its event.
+        # Pinned memory, which must stay alive until the event after its copies.
         self._sending: deque[tuple[Event, list[Any]]] = deque()
         self._first: Any = None
 
     def run(self) -> None:
-        """Until the source ends, fails, or nobody wants more."""
+        """Runs until the source ends or fails, or the channel is closed."""
         with working(self.lane):
             try:
                 self._make_all()
             finally:
-                # In this thread, where a generator can be closed: no other runs it.
+                # A generator can only be closed where it is not running: in this thread.
                 if callable(close := getattr(self.source, "close", None)):
                     close()
-                # The ring outlives this producer and gives out what nobody holds.
+                # Before the ring, which lives on, may reuse the memory of these copies.
                 for done, _ in self._sending:
                     done.synchronize()
 
@@ -147,7 +147,7 @@ class Producer:
             item = self._next(made)
             ended = not isinstance(item, Ready)
             self.channel.put(item)
-            del item  # a batch that the consumer drops must not live on here
+            del item  # do not keep a batch alive that the consumer drops
             made += 1
             if ended:
                 break
@@ -176,13 +176,13 @@ class Producer:
                     done = self.lane.done()
                     self._sending.append((done, sent))
             return Ready(batch, state, done if self.lane is not None else None)
-        except BaseException as error:  # whatever it is, it is the consumer's
+        except BaseException as error:  # every error is raised in the consumer
             return Failed(error)
 
     def _wait_for_room(self, number: int) -> None:
-        # There is room for batch n once n - depth + 1 batches were taken. When it took n - depth,
-        # the consumer had launched all its work on the one before: that has to be done, while its
-        # work on the batches since then keeps the device busy.
+        # There is room for batch n once n - depth + 1 batches were taken. When the consumer took
+        # batch n - depth, it had launched all its work on the batch before. Wait for that work; the
+        # work on later batches keeps the device busy.
         if number >= self.channel.depth:
             reached = self.channel.reached.get()
             if reached is not None:
@@ -218,10 +218,10 @@ class Producer:
 
 
 def wait_for(event: Event) -> None:
-    """Waits on the host, asking again and again.
+    """Waits on the host by polling.
 
-    A GPU's own wait either spins, which takes a core, or sleeps, and then comes back a tenth of a
-    millisecond late: longer than a batch of some MiB is copied.
+    The driver's wait either spins, which occupies a core, or sleeps and returns 0.1 ms late, longer
+    than copying a batch of a few MiB takes.
     """
     pause = SHORTEST_PAUSE
     while not event.query():
@@ -229,11 +229,11 @@ def wait_for(event: Event) -> None:
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-END = object()  # in place of a source's last batch
+END = object()  # a source yields it after its last batch
 
 
 def is_plain(leaf: Any) -> bool:
-    """Whether a leaf is a tensor whose values lie in host memory, and nothing else."""
+    """Whether a leaf is an ordinary dense tensor in host memory."""
     return (
         type(leaf) in (torch.Tensor, torch.nn.Parameter)
         and leaf.device.type == "cpu"
@@ -243,7 +243,7 @@ def is_plain(leaf: Any) -> bool:
 
 
 def memory_of(batch: Any) -> Iterator[torch.Tensor]:
-    """All tensors of a batch, those inside of objects and of sparse tensors too."""
+    """All tensors of a batch, including those inside objects and sparse tensors."""
     for leaf in leaves_of(batch):
         if pins_itself(leaf):
             yield from memory_of(list(leaf) if isinstance(leaf, tuple) else dict(vars(leaf)))
@@ -251,7 +251,7 @@ def memory_of(batch: Any) -> Iterator[torch.Tensor]:
             yield from PARTS.get(leaf.layout, lambda tensor: (tensor,))(leaf)
 
 
-# What memory a tensor of another layout consists of.
+# The dense tensors that a tensor of another layout consists of.
 PARTS: dict[torch.layout, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = {
     torch.sparse_coo: lambda t: (t._indices(), t._values()),
     torch.sparse_csr: lambda t: (t.crow_indices(), t.col_indices(), t.values()),
@@ -262,7 +262,7 @@ PARTS: dict[torch.layout, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = 
 
 
 def _shape_of_leaf(leaf: Any) -> Any:
-    """What `difference` needs of a leaf, without its memory."""
+    """A placeholder of a leaf for `difference`, without its memory."""
     return torch.empty(0) if isinstance(leaf, torch.Tensor) else leaf
 
 
@@ -270,10 +270,10 @@ _running: weakref.WeakSet[Iteration] = weakref.WeakSet()
 
 
 class Iteration:
-    """One pass over a source, some batches ahead, in a thread.
+    """Iterates once over a source, with a thread that prefetches batches.
 
-    It ends, and its thread with it, when the source does, when it is closed, or dropped, or when
-    the interpreter exits. After a fork the child has no such thread: there it says so.
+    Iteration and thread end when the source ends, at `close`, when the iterator is dropped, and at
+    the interpreter's exit. In a child process after a fork, which has no thread, `next` raises.
     """
 
     def __init__(self, producer: Producer) -> None:
@@ -285,7 +285,7 @@ class Iteration:
         _running.add(self)
 
     def next(self) -> Ready | Ended:
-        """The next batch, or that there is none; raises what the source raised in its place."""
+        """The next batch, or `Ended`; raises an error that the source raised in its place."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"this iterator belongs to process {self._process}, and its thread did not come "
@@ -296,15 +296,15 @@ class Iteration:
             try:
                 raise item.error
             finally:
-                del item  # or its traceback would hold it, and it its traceback
+                del item  # avoids a reference cycle between the error and its traceback
         if isinstance(item, Ready) and item.done is not None and self._lane is not None:
             self._channel.reached.put(self._lane.hand_over(item.done, memory_of(item.batch)))
         return item
 
     def close(self) -> None:
-        """Ends the thread; again and again is no error."""
+        """Ends the thread; may be called several times."""
         if os.getpid() != self._process:
-            return  # its lock may be held by a thread that is not here
+            return  # a thread of the parent may have held its lock at the fork
         self._channel.close()
         if self._thread is not threading.current_thread():
             self._thread.join(JOIN_SECONDS)
@@ -313,6 +313,6 @@ class Iteration:
 
 @atexit.register
 def close_all() -> None:
-    """Ends all threads while the interpreter can still wait for them."""
+    """Ends all threads at the interpreter's exit, while it can still wait for them."""
     for iteration in list(_running):
         iteration.close()

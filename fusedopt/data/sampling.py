@@ -1,13 +1,13 @@
-"""In which order rows are drawn: as a torch DataLoader with the same arguments draws them.
+"""The order of rows, the same as in a torch DataLoader with the same arguments.
 
-Random numbers are drawn from the same generators, in the same order and number, so that a program
-that changes its loader sees the same batches, and the same random numbers after them:
+It draws as many random numbers from the same generators in the same order as a DataLoader, so that
+a program that changes its loader gets the same batches, and the same random numbers afterwards:
 
 - At the start of an epoch a DataLoader draws a seed for its workers, from its generator or from
-  torch's default one, whether it has workers or not.
-- RandomSampler without a generator draws the seed of one from torch's default; at the end of the
-  data it draws another permutation, of which it uses nothing.
-- DistributedSampler seeds a generator of its own with ``seed + epoch``.
+  torch's default one, even without workers.
+- RandomSampler without a generator seeds one from torch's default generator. At the end of the data
+  it draws another permutation and does not use it.
+- DistributedSampler seeds its own generator with ``seed + epoch``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
 
 @dataclass
 class Epoch:
-    """The order of one pass.
+    """The order of one epoch.
 
     Attributes:
-        index: the rows, in order; None for all of them as they lie.
-        state: what the order can be drawn from again.
-        generator: what is drawn from once more at the end.
+        index: row numbers, in order; None for all rows in storage order.
+        state: from which the same order can be drawn again.
+        generator: the generator that RandomSampler draws from once more at the end.
     """
 
     index: torch.Tensor | None
@@ -42,18 +42,18 @@ class Epoch:
     generator: torch.Generator | None = None
 
     def finish(self, rows: int) -> None:
-        """Draws what RandomSampler draws after the last row; once."""
+        """Draws the unused permutation of RandomSampler after the last row; once."""
         if self.generator is not None:
             torch.randperm(rows, generator=self.generator)
         self.generator = None
 
 
 class Order(ABC):
-    """What the orders have in common.
+    """Base class of orders.
 
     Attributes:
-        samples: how many rows an epoch has.
-        resumed: the state of an epoch under way, which is begun next.
+        samples: number of rows in an epoch.
+        resumed: state of an interrupted epoch, with which `begin` continues.
     """
 
     samples: int
@@ -65,10 +65,10 @@ class Order(ABC):
 
     @abstractmethod
     def between(self) -> State:
-        """What the next epoch can be drawn from."""
+        """The state from which the next epoch can be drawn."""
 
     def restore(self, state: State, under_way: bool) -> None:
-        """Goes back to a state, of an epoch that was under way or of the time between two."""
+        """Restores a state: of an epoch under way, or between two epochs."""
         self.resumed = state if under_way else None
 
     def _take_resumed(self) -> State | None:
@@ -77,12 +77,12 @@ class Order(ABC):
 
 
 class InOrder(Order):
-    """Rows as they lie, or shuffled.
+    """Rows in storage order, or shuffled.
 
     Args:
-        rows: how many there are.
-        shuffle: whether they are drawn in random order.
-        generator: of the order; None draws its seed from torch's default one.
+        rows: number of rows.
+        shuffle: whether their order is random.
+        generator: draws the order; None seeds one from torch's default generator.
     """
 
     def __init__(self, rows: int, shuffle: bool, generator: torch.Generator | None) -> None:
@@ -94,7 +94,7 @@ class InOrder(Order):
         """The next epoch."""
         resumed = self._take_resumed()
         state = self.between()
-        # What torch's default generator gave to an epoch under way is not taken from it again.
+        # A resumed epoch has already drawn its seeds from torch's default generator.
         if resumed is None or self.generator is not None:
             draw_seed(self.generator)
         if not self.shuffle:
@@ -107,11 +107,11 @@ class InOrder(Order):
         return Epoch(torch.randperm(self.rows, generator=own), {**state, "seed": seed})
 
     def between(self) -> State:
-        """What the next epoch can be drawn from."""
+        """The state from which the next epoch can be drawn."""
         return {"generator": None if self.generator is None else self.generator.get_state()}
 
     def restore(self, state: State, under_way: bool) -> None:
-        """Goes back to a state; the generator's is set at once."""
+        """Restores a state, and sets the generator's at once."""
         super().restore(state, under_way)
         if self.generator is not None:
             self.generator.set_state(state["generator"])
@@ -121,12 +121,12 @@ class Distributed(Order):
     """One rank's share of the rows, as DistributedSampler's.
 
     Args:
-        rows: how many there are.
-        shuffle: whether they are drawn in random order, another in every epoch.
+        rows: number of rows.
+        shuffle: whether their order is random, and different in every epoch.
         rank: of this process.
         world_size: number of processes.
         seed: the same on all ranks.
-        drop_last: leaves out rows at the end, instead of repeating some, to make shares equal.
+        drop_last: makes shares equal by leaving out rows at the end, instead of repeating some.
     """
 
     def __init__(
@@ -151,16 +151,16 @@ class Distributed(Order):
             else torch.arange(self.rows)
         )
         total = self.samples * self.world_size
-        if self.rows < total:  # as often over as it takes
+        if self.rows < total:  # repeat rows to fill all shares
             order = order.repeat(-(-total // self.rows))
         return Epoch(order[self.rank : total : self.world_size].contiguous(), self.between())
 
     def between(self) -> State:
-        """What the next epoch can be drawn from."""
+        """The state from which the next epoch can be drawn."""
         return {"epoch": self.epoch}
 
     def restore(self, state: State, under_way: bool) -> None:
-        """Goes back to a state; a later `set_epoch` counts all the same."""
+        """Restores a state; a later `set_epoch` overrides it."""
         super().restore(state, under_way)
         self.epoch = state["epoch"]
 
@@ -192,5 +192,5 @@ class Sampled(Order):
         return Epoch(index, {"index": index})
 
     def between(self) -> State:
-        """Nothing: what comes next only the sampler knows."""
+        """Empty, since only the sampler knows its next order."""
         return {}

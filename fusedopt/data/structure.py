@@ -1,7 +1,7 @@
-"""What a batch is made of: containers that are rebuilt as they were, and leaves.
+"""Traversal of batches: containers, which are rebuilt with the same types, and leaves.
 
-Containers are mappings, lists, tuples and other sequences, named tuples and dataclasses. Leaves are
-tensors, objects that have a ``pin_memory`` method of their own, and all that is neither.
+Containers are mappings, lists, tuples and other sequences, named tuples and dataclasses. Everything
+else is a leaf, and so are objects with a ``pin_memory`` method.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ VALUES = (str, bytes, bytearray, memoryview, range)
 
 
 def pins_itself(leaf: object) -> bool:
-    """Whether an object is no tensor but knows how to pin what it holds."""
+    """Whether an object other than a tensor has a ``pin_memory`` method."""
     return not isinstance(leaf, torch.Tensor) and callable(getattr(leaf, "pin_memory", None))
 
 
 def parts_of(batch: Any) -> list[tuple[Any, Any]] | None:
-    """The (key, value) pairs of a container, in its order; None of a leaf."""
+    """The (key, value) pairs of a container, in order; None for a leaf."""
     if isinstance(batch, torch.Tensor) or pins_itself(batch) or isinstance(batch, VALUES):
         return None
     if isinstance(batch, Mapping):
@@ -46,7 +46,7 @@ def leaves_of(batch: Any) -> Iterator[Any]:
 
 
 def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
-    """The same structure with `function` of every leaf; what stays as it was is not rebuilt.
+    """Applies `function` to every leaf; containers whose leaves stay the same are not rebuilt.
 
     Raises:
         TypeError: a container cannot be rebuilt with other values.
@@ -72,14 +72,14 @@ def _rebuilt(batch: Any, keys: list[Any], values: list[Any]) -> Any:
         return type(batch)(values)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*values)
-    if isinstance(batch, MutableMapping):  # a copy keeps what the type holds beside its items
+    if isinstance(batch, MutableMapping):  # a copy keeps the attributes of a subclass
         clone = copy.copy(batch)
         clone.update(zip(keys, values, strict=True))
         return clone
     if dataclasses.is_dataclass(batch):
         twin = copy.copy(batch)
         for key, value in zip(keys, values, strict=True):
-            object.__setattr__(twin, key, value)  # frozen ones too
+            object.__setattr__(twin, key, value)  # works for frozen dataclasses too
         return twin
     if isinstance(batch, Mapping):
         return type(batch)(zip(keys, values, strict=True))  # type: ignore[call-arg]
@@ -87,10 +87,10 @@ def _rebuilt(batch: Any, keys: list[Any], values: list[Any]) -> Any:
 
 
 def difference(first: Any, other: Any, where: str = "") -> str:
-    """How the structure of `other` is another than that of `first`; empty if it is not.
+    """Describes how the structure of `other` differs from that of `first`; empty if it does not.
 
-    Containers have to be of one type, with the same keys, and tensors where tensors were. Lists may
-    have any length: what belongs to single samples often comes as one.
+    Containers must have the same types and keys, and tensors must be in the same places. Lists may
+    have any length, because per-sample values often come as lists.
     """
     parts, others = parts_of(first), parts_of(other)
     if parts is None or others is None:

@@ -1,4 +1,4 @@
-"""TensorLoader: batches of tensors in memory, gathered at the speed of memory."""
+"""TensorLoader: batches gathered from tensors in memory, at memory speed."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from .lanes import lane_to
 from .prefetching import END
 from .sampling import Distributed, Epoch, InOrder, Order, Sampled, State
 
-# An epoch, and how many of its batches were made.
+# An epoch, and the number of its batches that were made.
 Position = tuple[Epoch, int]
 
 
 class TensorLoader:
     """Batches of rows of tensors, as a ``DataLoader`` over a ``TensorDataset`` makes them.
 
-    Each batch is gathered by one call, on all threads, straight into buffers that are used again
-    once nobody holds them: one pass over memory. Batches, their order, and the random numbers drawn
-    are those of ``DataLoader(TensorDataset(*tensors), batch_size, shuffle, drop_last=drop_last,
-    generator=generator)``. A batch belongs to whoever it was yielded to.
+    One call gathers each batch, on all threads, into buffers that are reused once no tensor in them
+    is alive. Batches, their order, and the random numbers drawn are those of
+    ``DataLoader(TensorDataset(*tensors), batch_size, shuffle, drop_last=drop_last,
+    generator=generator)``. You may keep batches: they are never overwritten.
 
     Args:
         *tensors: of one length in their first dimension, on the CPU, in memory or mapped from a
             file (``torch.from_file``, ``torch.from_numpy(numpy.memmap(...))``). Batches are lists
-            of as many tensors. Or one mapping of names to tensors: batches are dicts.
+            of as many tensors. Or one mapping of names to tensors; batches are dicts then.
         batch_size: rows of a batch. Default: 1.
-        shuffle: another random order in every epoch. Default: False.
-        drop_last: leaves out a last batch that is smaller. Default: False.
-        generator: of the order; its seed comes from torch's default generator if it is None.
+        shuffle: a new random order in every epoch. Default: False.
+        drop_last: leaves out the last batch if it is smaller. Default: False.
+        generator: draws the order; None seeds one from torch's default generator.
         sampler: an iterable of row numbers, such as a ``torch.utils.data.Sampler``, in place of
-            `shuffle`. Its ``set_epoch`` is called by ours.
-        rank: of this process, for a share of the rows as ``DistributedSampler`` deals them; call
-            `set_epoch` before every epoch. Goes with `world_size`.
+            `shuffle`. `set_epoch` calls its ``set_epoch``.
+        rank: of this process, which gets the rows that ``DistributedSampler`` would give it; call
+            `set_epoch` before every epoch. Requires `world_size`.
         world_size: number of processes.
         seed: of the order that all ranks share. Default: 0.
-        device: a GPU that batches are sent to ahead, as by `DevicePrefetcher`, from page-locked
-            buffers that they are gathered into. Default: None, batches stay in host memory.
+        device: a GPU. Batches are gathered into page-locked buffers and copied to it ahead of time,
+            as by `DevicePrefetcher`. Default: None, batches stay in host memory.
         depth: how many batches are made ahead for a GPU. Default: 2.
-        transform: is given every batch, on its device, and returns what is yielded.
+        transform: is called with every batch, on its device, and returns the batch to yield.
 
     Raises:
         TypeError: something is not a tensor.
         ValueError: tensors differ in length, are not on the CPU, or have rows that are scattered
             in memory; arguments exclude each other; a loaded state is of another loader.
-        IndexError: while iterating: the sampler yields a row that is not there.
-        RuntimeError: the device is not there.
+        IndexError: while iterating: the sampler yields a row number that is out of range.
+        RuntimeError: the device does not exist.
 
     Example:
         >>> x, y = torch.arange(12.0).view(6, 2), torch.arange(6)
@@ -100,7 +100,7 @@ class TensorLoader:
         self.device = torch.device("cpu" if device is None else device)
         self._ring = _C.Ring(depth + MORE_BUFFERS, self._lane is not None)
         self._position: Position | None = None  # in the epoch under way, after its last batch
-        self._resumed: State | None = None  # was loaded, and not begun
+        self._resumed: State | None = None  # a loaded state; the next epoch begins with it
 
     def __len__(self) -> int:
         samples = self._order.samples
@@ -116,7 +116,7 @@ class TensorLoader:
                 if self._lane is None and self.transform is not None:
                     batch = self.transform(batch)
                 yield batch
-            del batch  # what the consumer dropped must not live on here
+            del batch  # do not keep a batch alive that the consumer has dropped
 
     def _host_batches(self) -> Iterator[tuple[Any, Position | None]]:
         """The (batch, position after it) pairs of an epoch, in host memory."""
@@ -130,12 +130,12 @@ class TensorLoader:
             batch = self._ring.gather(self._tensors, epoch.index, first, count)
             done += 1
             if count < self.batch_size:
-                epoch.finish(len(self._tensors[0]))  # a DataLoader finds the end with this one
+                epoch.finish(len(self._tensors[0]))  # a DataLoader sees the end of the data here
             named = batch if self._names is None else dict(zip(self._names, batch, strict=True))
             yield named, (epoch, done)
             del named
             del batch
-        epoch.finish(len(self._tensors[0]))  # of whole batches, it is found after them
+        epoch.finish(len(self._tensors[0]))  # or here, after the last whole batch
         yield END, None
 
     def _state_at(self, position: Position | None) -> State:
@@ -171,18 +171,18 @@ class TensorLoader:
             )
 
     def state_dict(self) -> State:
-        """Where the loader is: after the last batch that was yielded, or between two epochs.
+        """The loader's position: after the last batch that was yielded, or between two epochs.
 
-        A loader of the same arguments that loads it goes on with the next batch, in the same order.
-        Without a generator, orders of later epochs come from torch's default generator, whose state
-        is its own.
+        A loader with the same arguments that loads it continues with the next batch, in the same
+        order. Without a generator, the orders of later epochs come from torch's default generator,
+        whose state is not included.
         """
         if self._resumed is not None:
             return self._resumed
         return self._state_at(self._position)
 
     def load_state_dict(self, state_dict: State) -> None:
-        """Makes the next iteration go on where `state_dict` was taken.
+        """Makes the next iteration continue where `state_dict` was taken.
 
         Raises:
             ValueError: it is no state, or one of a loader with other arguments; nothing is changed.
@@ -212,7 +212,7 @@ class TensorLoader:
 def _checked_tensors(
     tensors: tuple[Any, ...],
 ) -> tuple[list[str] | None, list[torch.Tensor]]:
-    """Names, if there are any, and tensors that rows can be gathered of."""
+    """Checks the tensors; returns their names, if there are any, and the tensors."""
     names = None
     if len(tensors) == 1 and isinstance(tensors[0], Mapping):
         names, tensors = list(tensors[0]), tuple(tensors[0].values())
@@ -259,7 +259,7 @@ def _order_of(
     world_size: int | None,
     seed: int,
 ) -> Order:
-    """What draws the order that the arguments ask for."""
+    """The order that the arguments ask for."""
     if sampler is not None and (shuffle or rank is not None or world_size is not None):
         raise ValueError(
             "sampler: excludes shuffle, rank and world_size, since it is the order; wanted: either"
