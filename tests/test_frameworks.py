@@ -167,32 +167,33 @@ class TrainerRun:
 WAYS = ("optimizers", "optimizer_cls_and_kwargs")
 
 
-@pytest.mark.parametrize("arguments", [{}, {"bf16": True}], ids=["fp32", "bf16 autocast"])
 @pytest.mark.parametrize("how", WAYS)
-def test_the_trainer_trains_as_with_torch(how, arguments, tmp_path):
-    ours = TrainerRun(fusedopt, tmp_path / "ours", how, **arguments)
-    theirs = TrainerRun(torch.optim, tmp_path / "theirs", how, **arguments)
+def test_the_trainer_trains_as_with_torch_and_resumes(how, tmp_path):
+    def run(optim, name, first=None):
+        checkpoint = first and tmp_path / first / "checkpoint-4"
+        return TrainerRun(optim, tmp_path / name, how, checkpoint)
+
+    ours, theirs = run(fusedopt, "ours"), run(torch.optim, "theirs")
     assert_kernels_did_it(ours.optimizer)
     assert len(ours.losses) == 8
-    atol = 10 * ATOL if arguments else ATOL
-    assert_close_runs(ours.outcome, theirs.outcome, ours.start, atol)
-
-
-@pytest.mark.parametrize("how", WAYS)
-def test_the_trainer_resumes_bitwise_from_its_checkpoint(how, tmp_path):
-    whole = TrainerRun(fusedopt, tmp_path / "whole", how)
-    resumed = TrainerRun(fusedopt, tmp_path / "new", how, tmp_path / "whole" / "checkpoint-4")
+    assert_close_runs(ours.outcome, theirs.outcome, ours.start)
+    resumed = run(fusedopt, "resumed", "ours")
     assert_kernels_did_it(resumed.optimizer)
-    assert_equal_params(resumed.params, whole.params)
-    assert resumed.losses == whole.losses  # the first four come out of the checkpoint
+    assert_equal_params(resumed.params, ours.params)
+    assert resumed.losses == ours.losses  # the first four come out of the checkpoint
+    if how == WAYS[1]:  # the other one's checkpoint
+        for optim, name, whole in ((fusedopt, "theirs", theirs), (torch.optim, "ours", ours)):
+            resumed = run(optim, f"{name}, resumed", name)
+            assert_close_runs(resumed.outcome, whole.outcome, whole.start)
 
 
-@pytest.mark.parametrize("first", ["torch.optim", "fusedopt"])
-def test_the_trainer_resumes_the_other_ones_checkpoint(first, tmp_path):
-    first, then = (torch.optim, fusedopt) if first == "torch.optim" else (fusedopt, torch.optim)
-    whole = TrainerRun(first, tmp_path / "whole", WAYS[1])
-    resumed = TrainerRun(then, tmp_path / "new", WAYS[1], tmp_path / "whole" / "checkpoint-4")
-    assert_close_runs(resumed.outcome, whole.outcome, whole.start)
+def test_the_trainer_trains_under_autocast_as_with_torch(tmp_path):
+    ours, theirs = (
+        TrainerRun(optim, tmp_path / optim.__name__, WAYS[0], bf16=True)
+        for optim in (fusedopt, torch.optim)
+    )
+    assert_kernels_did_it(ours.optimizer)
+    assert_close_runs(ours.outcome, theirs.outcome, ours.start, 10 * ATOL)
 
 
 def test_windows_of_the_trainer_and_the_optimizer_multiply(tmp_path):
@@ -308,29 +309,6 @@ class AccelerateRun:
         return values(self.model), self.losses
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_accelerate_accumulates_and_clips_as_with_torch(make):
-    runs = [AccelerateRun(optim, make).epoch().epoch() for optim in (fusedopt, torch.optim)]
-    assert_kernels_did_it(runs[0].optimizer.optimizer)
-    assert_close_runs(runs[0].outcome, runs[1].outcome, runs[0].start)
-    assert runs[0].optimizer.param_groups[0]["lr"] == runs[1].optimizer.param_groups[0]["lr"]
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_accelerate_with_a_grad_scaler_skips_and_steps_as_with_torch(make):
-    runs = []
-    for optim in (fusedopt, torch.optim):
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
-        runs.append(AccelerateRun(optim, make, scaler).epoch(overflow_at=(1, 7)).epoch())
-    ours, theirs = runs
-    assert_kernels_did_it(ours.optimizer.optimizer)
-    # Of an optimizer that is asked to step, and skips by itself, Accelerate does not learn it.
-    skips = [0, 2] if make is not OPTIMIZERS["AdamW, fused"] else []
-    assert ours.skipped == theirs.skipped == [window in skips for window in range(8)]
-    assert ours.accelerator.scaler.get_scale() == theirs.accelerator.scaler.get_scale() == 256.0
-    assert_close_runs(ours.outcome, theirs.outcome, ours.start)
-
-
 def with_options(make, **options):
     """The same optimizer with options of ours."""
 
@@ -346,8 +324,54 @@ def keywords_of(optimizer):
     return inspect.signature(type(optimizer).__init__).parameters.keys() - {"params"}
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_accelerate_and_the_optimizer_do_not_both_accumulate(make):
+TORCHS, OURS = torch.amp.GradScaler, fusedopt.GradScaler
+CLIPS = {"max_grad_norm": 0.5}
+CHECKS = {"skip_nonfinite": True, "ema_decay": 0.9, **CLIPS}  # whose state is one of accumulation
+ACCUMULATES = {"accumulation_steps": 3, **CLIPS}
+
+
+@pytest.mark.parametrize(
+    ("name", "scaler", "options"),
+    [
+        ("AdamW", None, {}),
+        ("SGD, momentum", None, {}),
+        ("AdamW", None, CHECKS),
+        ("AdamW, fused", None, ACCUMULATES),
+        ("SGD, momentum", None, ACCUMULATES),
+        ("AdamW", TORCHS, {}),
+        ("AdamW, fused", TORCHS, {}),
+        ("SGD, momentum", TORCHS, CLIPS),
+        ("AdamW, fused", TORCHS, CLIPS),
+        ("AdamW", OURS, CLIPS),
+        ("AdamW, fused", OURS, CLIPS),
+    ],
+)
+def test_accelerate_accumulates_clips_and_skips_as_with_torch(name, scaler, options):
+    """Or our optimizer does that in its place, as far as its options say."""
+
+    def run(optim, make, kind, **kwargs):
+        made = kind and kind("cpu", init_scale=256.0, growth_interval=2)
+        run = AccelerateRun(optim, make, made, **kwargs)
+        return run.epoch(overflow_at=(1, 7) if scaler else ()).epoch()
+
+    make = OPTIMIZERS[name]
+    steps = 1 if options is ACCUMULATES else 3
+    made = with_options(make, **options)
+    ours = run(fusedopt, made, scaler, steps=steps, clips=not options)
+    theirs = run(torch.optim, make, scaler and TORCHS)
+    assert_kernels_did_it(ours.optimizer.optimizer)
+    assert_close_runs(ours.outcome, theirs.outcome, ours.start)
+    assert ours.optimizer.param_groups[0]["lr"] == theirs.optimizer.param_groups[0]["lr"]
+    if scaler:
+        # Of an optimizer that is asked to step, and skips by itself, Accelerate does not learn it.
+        skips = [0, 2] if name != "AdamW, fused" else []
+        assert ours.skipped == theirs.skipped == [window in skips for window in range(8)]
+        scales = [run.accelerator.scaler.get_scale() for run in (ours, theirs)]
+        assert scales == [256.0, 256.0]
+
+
+def test_accelerate_and_the_optimizer_do_not_both_accumulate():
+    make = OPTIMIZERS["AdamW"]
     run = AccelerateRun(fusedopt, with_options(make, accumulation_steps=2), steps=2)
     with pytest.raises(RuntimeError, match=r"twice: by Accelerate .*_accumulation_steps=2"):
         run.epoch()
@@ -361,48 +385,6 @@ def test_accelerate_and_the_optimizer_do_not_both_accumulate(make):
     # Its state is there when its loop has ended, or was another model's.
     optimizer.accumulate()
     optimizer.step()
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_the_optimizer_accumulates_and_clips_in_accelerates_place(make):
-    options = {"accumulation_steps": 3, "max_grad_norm": 0.5}
-    made = with_options(make, **options)
-    ours = AccelerateRun(fusedopt, made, steps=1, clips=False).epoch().epoch()
-    theirs = AccelerateRun(torch.optim, make).epoch().epoch()
-    assert_kernels_did_it(ours.optimizer.optimizer)
-    assert_close_runs(ours.outcome, theirs.outcome, ours.start)
-    assert ours.optimizer.param_groups[0]["lr"] == theirs.optimizer.param_groups[0]["lr"]
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_the_optimizer_clips_what_accelerate_has_accumulated(make):
-    """Whose state is one of accumulation then, and no reason to refuse a step."""
-    options = {"max_grad_norm": 0.5, "skip_nonfinite": True, "ema_decay": 0.9}
-    ours = AccelerateRun(fusedopt, with_options(make, **options), clips=False)
-    theirs = AccelerateRun(torch.optim, make)
-    for run in (ours, theirs):
-        run.epoch().epoch()
-    assert_kernels_did_it(ours.optimizer.optimizer)
-    assert_close_runs(ours.outcome, theirs.outcome, ours.start)
-
-
-@pytest.mark.parametrize(
-    "kind", [torch.amp.GradScaler, fusedopt.GradScaler], ids=["torchs", "ours"]
-)
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_accelerate_with_a_grad_scaler_and_an_optimizer_that_clips(make, kind):
-    runs = []
-    for optim, scaler_class in ((fusedopt, kind), (torch.optim, torch.amp.GradScaler)):
-        scaler = scaler_class("cpu", init_scale=256.0, growth_interval=2)
-        clips = optim is torch.optim
-        made = make if clips else with_options(make, max_grad_norm=0.5)
-        run = AccelerateRun(optim, made, scaler, clips=clips)
-        runs.append(run.epoch(overflow_at=(1, 7)).epoch())
-    ours, theirs = runs
-    assert_kernels_did_it(ours.optimizer.optimizer)
-    assert ours.skipped == theirs.skipped
-    assert ours.accelerator.scaler.get_scale() == theirs.accelerator.scaler.get_scale() == 256.0
-    assert_close_runs(ours.outcome, theirs.outcome, ours.start)
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -502,16 +484,27 @@ def lightning_fit(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_lightning_clips_and_steps_as_with_torch(precision, tmp_path):
-    ours, theirs = (
-        lightning_fit(optim, tmp_path / optim.__name__, precision)
-        for optim in (fusedopt, torch.optim)
-    )
+def test_lightning_clips_and_steps_as_with_torch_and_resumes(precision, tmp_path):
+    def fit(optim, name, first=None):
+        checkpoint = first and tmp_path / first / "epoch=0.ckpt"
+        return lightning_fit(optim, tmp_path / name, precision, resume=checkpoint)
+
+    ours, theirs = fit(fusedopt, "ours"), fit(torch.optim, "theirs")
     assert_kernels_did_it(ours.optimizers().optimizer)
     assert any(norm == pytest.approx(0.5, rel=1e-4) for norm in ours.norms), "some were clipped"
     if precision == "16-mixed":
         assert any(not math.isfinite(norm) for norm in ours.norms), "a step overflowed"
     assert_close_runs((values(ours), ours.losses), (values(theirs), theirs.losses), ours.start)
+    resumed = fit(fusedopt, "resumed", "ours")
+    assert_kernels_did_it(resumed.optimizers().optimizer)
+    assert_equal_params(values(resumed), values(ours))
+    assert resumed.losses == ours.losses[len(resumed.losses) :]
+    if precision == "32":  # the other one's checkpoint
+        for optim, name, whole in ((fusedopt, "theirs", theirs), (torch.optim, "ours", ours)):
+            resumed = fit(optim, f"{name}, resumed", name)
+            losses = whole.losses[len(resumed.losses) :]
+            outcomes = (values(resumed), resumed.losses), (values(whole), losses)
+            assert_close_runs(*outcomes, whole.start)
 
 
 def test_lightning_leaves_unscaling_to_a_fused_optimizer(tmp_path):
@@ -525,28 +518,6 @@ def test_lightning_leaves_unscaling_to_a_fused_optimizer(tmp_path):
     ours, theirs = runs.values()
     assert_kernels_did_it(ours.optimizers().optimizer)
     assert_close_runs((values(ours), ours.losses), (values(theirs), theirs.losses), ours.start)
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_lightning_resumes_bitwise_from_its_checkpoint(precision, tmp_path):
-    whole = lightning_fit(fusedopt, tmp_path / "whole", precision, epochs=2)
-    resumed = lightning_fit(
-        fusedopt, tmp_path / "new", precision, resume=tmp_path / "whole" / "epoch=0.ckpt"
-    )
-    assert_kernels_did_it(resumed.optimizers().optimizer)
-    assert_equal_params(values(resumed), values(whole))
-    assert resumed.losses == whole.losses[len(resumed.losses) :]
-
-
-@pytest.mark.parametrize("first", ["torch.optim", "fusedopt"])
-def test_lightning_resumes_the_other_ones_checkpoint(first, tmp_path):
-    first, then = (torch.optim, fusedopt) if first == "torch.optim" else (fusedopt, torch.optim)
-    whole = lightning_fit(first, tmp_path / "whole", "32")
-    resumed = lightning_fit(
-        then, tmp_path / "new", "32", resume=tmp_path / "whole" / "epoch=0.ckpt"
-    )
-    losses = whole.losses[len(resumed.losses) :]
-    assert_close_runs((values(resumed), resumed.losses), (values(whole), losses), whole.start)
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
