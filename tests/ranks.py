@@ -1,4 +1,4 @@
-"""Four processes of torch.distributed that the distributed tests run in, and what these share.
+"""Four processes of torch.distributed that the distributed tests run in.
 
 The processes start once in a session, because starting them costs more than the tests do. A test
 that `on_ranks` makes of a function sends them the function's name, and waits for their answers.
@@ -21,20 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from harness import set_grads
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
-
-import fusedopt
 
 SIZE = 4
 SECONDS = 120  # that a check may take
@@ -198,134 +185,3 @@ def _serve(rank: int, pipe: multiprocessing.connection.Connection, folder: Path)
         except EOFError:
             os._exit(0)
         answer(check, *task)
-
-
-# ---- What checks share ---------------------------------------------------------------------------
-
-
-class Net(torch.nn.Module):
-    """Rows: 5, which no world divides, and 1, of which all ranks but the first hold nothing."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = torch.nn.Linear(4, 5, dtype=dtype)
-        self.second = torch.nn.Linear(5, 1, dtype=dtype)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
-
-
-def sharded(mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> Net:
-    net = Net(dtype)
-    for module in (net.first, net.second, net):
-        fully_shard(module, mesh=mesh)
-    return net
-
-
-def ddp(mesh, net, **kwargs):
-    return DistributedDataParallel(net, process_group=mesh.get_group(), **kwargs)
-
-
-def cut(value, mesh, placements):
-    """A whole tensor, which every rank has, as a DTensor. No communication."""
-    return distribute_tensor(value, mesh, placements, src_data_rank=None)
-
-
-def cut_like(param, value):
-    """A whole tensor as the parameter is: a DTensor of its layout, or a copy."""
-    if isinstance(param, DTensor):
-        return cut(value, param.device_mesh, param.placements)
-    return value.clone()
-
-
-def set_sharded_grads(params, seed):
-    """The gradients of `harness.set_grads`, cut as the parameters are."""
-    params = list(params)
-    whole = [torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in params]
-    set_grads(whole, seed)
-    for param, other in zip(params, whole, strict=True):
-        param.grad = cut_like(param, other.grad)
-
-
-def whole(tensor):
-    """All of a tensor, on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor):
-    """This rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(mesh, tensor):
-    """A tensor of every rank."""
-    tensor = tensor.detach().contiguous()
-    tensors = [torch.empty_like(tensor) for _ in range(mesh.size())]
-    dist.all_gather(tensors, tensor, group=mesh.get_group())
-    return tensors
-
-
-def assert_equal_runs(ours, theirs):
-    """Fails unless a sharded run has the bits of one over whole tensors, its states cut alike.
-
-    Args:
-        ours: A network or a list of parameters, and their optimizer.
-        theirs: The same, of whole tensors.
-    """
-    (params, optimizer), (others, other) = (
-        (list(n.parameters() if isinstance(n, torch.nn.Module) else n), o)
-        for n, o in (ours, theirs)
-    )
-    for param, wanted in zip(params, others, strict=True):
-        assert torch.equal(whole(param), wanted), f"parameters of shape {tuple(wanted.shape)}"
-        state, wanted_state = optimizer.state.get(param, {}), other.state.get(wanted, {})
-        assert list(state) == list(wanted_state)
-        for key, value in wanted_state.items():
-            assert torch.equal(whole(state[key]), value), f"{key} of shape {tuple(wanted.shape)}"
-            assert state[key].dtype == value.dtype
-            if key in ("step", "window"):
-                assert type(state[key]) is torch.Tensor
-            else:
-                assert isinstance(state[key], DTensor)
-                assert state[key].placements == param.placements
-                assert local(state[key]).shape == local(param).shape
-
-
-def saved(net, optimizer):
-    return {
-        "model": get_model_state_dict(net),
-        "optimizer": get_optimizer_state_dict(net, optimizer),
-    }
-
-
-def load(net, optimizer, folder, mesh):
-    """Loads what `saved` and dcp.save wrote of a run on other ranks."""
-    state = saved(net, optimizer)  # the optimizer's after a step that torch makes up
-    dcp.load(state, checkpoint_id=folder, process_group=mesh.get_group())
-    set_model_state_dict(net, state["model"])
-    set_optimizer_state_dict(net, optimizer, state["optimizer"])
-
-
-# ---- Runs that are compared with one process -----------------------------------------------------
-
-NAN = float("nan")
-CLOSE = {"rtol": 1e-12, "atol": 1e-12}
-WITH_STATE = {
-    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
-    "AdamW": {"lr": 0.02, "weight_decay": 0.1},
-}
-
-
-def optimizer_of(net, name="AdamW", **options):
-    return getattr(fusedopt, name)(net.parameters(), **WITH_STATE[name], **options)
-
-
-def rows(window, rank, micro_batch, size):
-    """Inputs, the same in every process."""
-    seed = 1000 * window + 10 * rank + micro_batch
-    return torch.randn(size, 4, generator=torch.Generator().manual_seed(seed)).double()
-
-
-def loss_of(model, x):
-    return model(x).square().mean()

@@ -14,18 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import CASES, Case
-from harness import set_grads
-from ranks import (
+from distributed_runs import (
     Net,
     assert_equal_runs,
     cut,
     ddp,
     local,
-    on_ranks,
     set_sharded_grads,
     sharded,
     whole,
 )
+from harness import set_grads
+from ranks import on_ranks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor

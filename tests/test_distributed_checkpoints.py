@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import CASES
-from harness import with_states
-from ranks import (
+from distributed_runs import (
     Net,
     assert_equal_runs,
     load,
     local,
-    on_ranks,
     saved,
     set_sharded_grads,
     sharded,
     whole,
 )
+from harness import with_states
+from ranks import on_ranks
 from test_distributed import RICHEST
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import set_grads
-from ranks import (
+from distributed_runs import (
     CLOSE,
     NAN,
     Net,
@@ -17,13 +16,14 @@ from ranks import (
     cut_like,
     gathered,
     loss_of,
-    on_ranks,
     optimizer_of,
     rows,
     set_sharded_grads,
     sharded,
     whole,
 )
+from harness import set_grads
+from ranks import on_ranks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 

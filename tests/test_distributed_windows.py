@@ -6,102 +6,28 @@ sums over ranks have another order than sums of one process.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import (
+from distributed_runs import (
     CLOSE,
     NAN,
     WITH_STATE,
     Net,
+    Runs,
+    counted_collectives,
     ddp,
     gathered,
     loss_of,
-    on_ranks,
     optimizer_of,
     rows,
+    window_of,
 )
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from ranks import on_ranks
 
 import fusedopt
 from fusedopt import accumulating
-
-# Sizes of the micro-batches of a window, by rank: unequal in every way.
-SIZES = [[3, 1, 2], [1, 4], [5]]
-
-
-def window_of(window, rank, sizes=SIZES):
-    return [rows(window, rank, number, size) for number, size in enumerate(sizes[rank])]
-
-
-class Runs:
-    """A network whose gradients are added up over ranks, and one that sees all of the data.
-
-    Args:
-        mesh: The ranks.
-        name: Class of the optimizers.
-        make: Of a network.
-        alone: Options of the optimizer of one process; None: as the other one's.
-        **options: Of the optimizer of a rank.
-    """
-
-    def __init__(self, mesh, name="AdamW", make=Net, alone=None, unused=False, **options):
-        self.mesh = mesh
-        self.net, self.alone = make().double(), make().double()
-        self.model = ddp(mesh, self.net, find_unused_parameters=unused)
-        self.optimizer = optimizer_of(self.net, name, **options)
-        self.other = optimizer_of(self.alone, name, **(options if alone is None else alone))
-
-    def step_alone(self, batches):
-        loss_of(self.alone, torch.cat(batches)).backward()
-        self.other.step()
-        self.other.zero_grad()
-
-    def values(self):
-        return [param.detach().clone() for param in self.net.parameters()]
-
-    def assert_unchanged(self, before):
-        assert all(torch.equal(p, b) for p, b in zip(self.values(), before, strict=True))
-
-    def assert_ranks_equal(self):
-        for param in self.net.parameters():
-            state = self.optimizer.state.get(param, {})
-            names = sorted(name for name in state if name != "window")
-            flags = torch.tensor([n in names for n in ("step", "exp_avg", "momentum_buffer")])
-            for tensor in (flags.int(), param, *(state[name] for name in names)):
-                assert all(torch.equal(tensor, other) for other in gathered(self.mesh, tensor))
-
-    def assert_close(self):
-        self.assert_ranks_equal()
-        torch.testing.assert_close(self.values(), [p.detach() for p in self.alone.parameters()],
-                                   **CLOSE)  # fmt: skip
-
-
-@contextlib.contextmanager
-def counted_collectives(model, done):
-    """Counts those of a backward and those that Python asks for; a model takes one hook only."""
-
-    def in_backward(state, bucket):
-        done["backward"] += 1
-        done["python"] -= 1  # which it calls as well
-        return allreduce_hook(state, bucket)
-
-    def all_reduce(*args, **kwargs):
-        done["python"] += 1
-        return original(*args, **kwargs)
-
-    done.update(backward=0, python=0)
-    with contextlib.suppress(RuntimeError):
-        model.register_comm_hook(model.process_group, in_backward)
-    original, dist.all_reduce = dist.all_reduce, all_reduce
-    try:
-        yield
-    finally:
-        dist.all_reduce = original
-
 
 # ---- Inside of accumulating() --------------------------------------------------------------------
 

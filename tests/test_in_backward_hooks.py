@@ -19,8 +19,9 @@ from backwards import (
     steps_of,
     unchanged,
 )
+from distributed_runs import ddp, local
 from harness import assert_same, make_params
-from ranks import ddp, local, on_ranks
+from ranks import on_ranks
 from torch.distributed.fsdp import fully_shard
 
 import fusedopt
