@@ -10,9 +10,9 @@ import argparse
 import io
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import matplotlib
 
@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatter
 from PIL import Image
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import track
 from rich.table import Table
 
 T = TypeVar("T")
@@ -95,19 +95,14 @@ class Example:
         pyplot.rcParams.update(STYLE)
         torch.set_num_threads(1)  # the problems are too small for two
 
-    def track(self, items: Iterable[T], label: str) -> Iterator[T]:
-        """Yields the items and advances a progress bar.
+    def track(self, items: Iterable[T], label: str) -> Iterable[T]:
+        """Yields the items and advances a progress bar, in a terminal.
 
         The bar is drawn between items only: a thread that redraws it would disturb timed steps.
         """
-        items = [*items]
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        shown = {"console": self.console, "disable": not self.console.is_terminal}
-        with Progress(*columns, **shown, auto_refresh=False, transient=True) as progress:
-            task = progress.add_task(label, total=len(items))
-            for item in items:
-                yield item
-                progress.update(task, advance=1, refresh=True)
+        disable = not self.console.is_terminal
+        return track([*items], label, console=self.console, auto_refresh=False, transient=True,
+                     disable=disable)  # fmt: skip
 
     def curve(
         self, axes: Axes, tag: str, steps: Sequence[int], values: Iterable[float], **style: Any
@@ -153,11 +148,14 @@ class Example:
         picture.quantize(kmeans=2, dither=Image.Dither.NONE).save(path, optimize=True)
         self.console.print(f"Picture: {path}", soft_wrap=True)
 
-    def table(self, title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    def table(
+        self, title: str, headers: Sequence[str], rows: Iterable[Sequence[str]],
+        justify: Literal["left", "right"] = "right",
+    ) -> None:  # fmt: skip
         """Prints a table with a left-aligned first column."""
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for index, header in enumerate(headers):
-            table.add_column(header, justify="left" if index == 0 else "right", no_wrap=True)
+            table.add_column(header, justify="left" if index == 0 else justify, overflow="fold")
         for row in rows:
             table.add_row(*row)
         self.console.print(table)
@@ -176,12 +174,9 @@ class Example:
         """Prints the claims; returns the exit status, 1 if one does not hold or none was made."""
         if self._writer is not None:
             self._writer.close()
-        table = Table(title="Claims", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        for header in ("", "claim", "found"):
-            table.add_column(header, no_wrap=not header, overflow="fold")
-        for what, holds, found in self._claims:
-            table.add_row("[green]PASS[/]" if holds else "[bold red]FAIL[/]", what, found)
-        self.console.print(table)
+        marks = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]"}
+        rows = [(marks[holds], what, found) for what, holds, found in self._claims]
+        self.table("Claims", ("", "claim", "found"), rows, "left")
         failed = [what for what, holds, _ in self._claims if not holds]
         if self._claims and not failed:
             return 0
