@@ -117,19 +117,24 @@ class _Step:
         group["params"] = aliases = [param.detach() for param in params]
         state: dict[Tensor, dict[str, Tensor]] = {}
         for index, (alias, grad) in enumerate(zip(aliases, grads, strict=True)):
-            if reason := _C.why_not_fused(alias, grad):
-                raise self._refusal(index, alias, reason)
-            alias.grad_dtype = grad.dtype
-            alias.grad = grad
-            state[alias] = {name: kwargs[f"{name}s"][index] for name in names}
+            try:
+                alias.grad_dtype = grad.dtype
+                alias.grad = grad
+            except RuntimeError as error:
+                raise self._refusal(index, alias, _C.why_not_fused(alias, grad)) from error
+            entries = {name: kwargs[f"{name}s"][index] for name in names}
             if self.has_step:
-                self._check_step(index, alias, kwargs["state_steps"][index])
-                state[alias]["step"] = kwargs["state_steps"][index]
+                entries["step"] = kwargs["state_steps"][index]
+                self._check_step(index, alias, entries["step"])
+            state[alias] = entries
         numbers = ["step"] * self.has_step
         wanted = Wanted(lambda _: names, lambda alias: alias.dtype, numbers=numbers)
-        members = sort([group], state, lambda alias: backend_for(alias.device.type), wanted)
+        backends = {kind: backend_for(kind) for kind in {alias.device.type for alias in aliases}}
+        members = sort([group], state, lambda alias: backends[alias.device.type], wanted)
         if members.torch:
             raise self._why_refused(members.torch, names, state)
+        if shared := _C.overlapping([[step] for step in kwargs.get("state_steps", ())]):
+            raise self._shared(shared)
         rows: list[Row] = [(0, alias, bool(kwargs.get("is_first_step")), None) for alias in aliases]
         plan = _C.StepPlan(
             self.rule, [group], state, rows, [], members.launchers, _C.CapturedTables(), None
@@ -171,18 +176,20 @@ class _Step:
             f"{reason}; leave it out and step it with torch.optim"
         )
 
+    def _shared(self, indices: list[int]) -> ValueError:
+        listed = " and ".join(f"params[{index}]" for index in indices)
+        return ValueError(
+            f"{self.name}: {listed} share memory, of their own or of their states; give each "
+            "parameter once, with tensors of its own"
+        )
+
     def _why_refused(
         self, refused: list[Member], names: list[str], state: dict[Tensor, dict[str, Tensor]]
     ) -> ValueError:
         """The error for tensors that kernels cannot update, by the first of them."""
         index, alias = refused[0].index, refused[0].param
         if refused[0].reason == SHARED_MEMORY:
-            shared = [member.index for member in refused if member.reason == SHARED_MEMORY]
-            listed = " and ".join(f"params[{index}]" for index in shared)
-            return ValueError(
-                f"{self.name}: {listed} share memory, of their own or of their states; give each "
-                "parameter once, with tensors of its own"
-            )
+            return self._shared([m.index for m in refused if m.reason == SHARED_MEMORY])
         for name in names:
             value = state[alias][name]
             if unfit := _C.why_state_unfit(alias, value):

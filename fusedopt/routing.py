@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -74,25 +74,30 @@ def why_torch(group: Group, param: Tensor, backend: Backend | None) -> str:
 
 
 def why_state_torch(
-    param: Tensor, states: list[Tensor], others: list[Tensor], new: torch.dtype
+    param: Tensor,
+    states: Sequence[Tensor | None],
+    others: Sequence[Tensor | None],
+    new: torch.dtype,
 ) -> str:
     """Why torch.optim must step ``param``, judged by its state tensors: the rule's and others.
 
-    ``new`` is the dtype of the rule's states if there are none yet.
+    None is one that will be created, of the rule's with dtype ``new``.
     """
     for state in (*states, *others):
-        if reason := _C.why_state_unfit(param, state):
+        if state is not None and (reason := _C.why_state_unfit(param, state)):
             return reason
-    if len({state.dtype for state in states}) > 1:
+    if len({new if state is None else state.dtype for state in states}) > 1:
         return "its states have several dtypes"
     grad = param if param.grad is None else param.grad
-    state = states[0] if states else torch.empty(0, dtype=new)
+    state = states[0] if states else param
+    if state is None:
+        state = torch.empty(0, dtype=new)
     if not _C.has_kernel(param, grad, state):
         return f"no kernel is built for dtypes {param.dtype}, {grad.dtype} and {state.dtype}"
     return ""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Member:
     """A parameter of a param group.
 
@@ -131,11 +136,10 @@ class Sorted(NamedTuple):
     @property
     def launchers(self) -> dict[str, object]:
         """By type of device, what launches kernels there, but for the CPU's."""
-        backends = {m.param.device.type: m.backend for m in self.fused if m.backend is not None}
         return {
-            device: launcher
-            for device, backend in backends.items()
-            if (launcher := backend.launcher()) is not None
+            member.param.device.type: launcher
+            for member in self.fused
+            if member.backend is not None and (launcher := member.backend.launcher()) is not None
         }
 
 
@@ -170,36 +174,37 @@ def sort(
     """
     sorted_ = Sorted([], [], [])
     written = []  # by member of `fused`
-    times = Counter(id(param) for group in groups for param in group["params"])
+    times = Counter(map(id, chain.from_iterable(group["params"] for group in groups)))
     for number, group in enumerate(groups):
-        names = wanted.states(group)
+        names = [*wanted.states(group), *wanted.others, *wanted.numbers]
+        shaped = len(names) - len(wanted.numbers)
+        own = shaped - len(wanted.others)
         for index, param in enumerate(group["params"]):
             member = Member(number, index, param, backend_of(param))
             reason = why_torch(group, param, member.backend)
             if times[id(param)] > 1:
                 reason = reason or SHARED_MEMORY
             state = states.get(param) or {}
-            own = [state[name] for name in names if state.get(name) is not None]
-            others = [state[name] for name in wanted.others if state.get(name) is not None]
-            new = wanted.dtype(param) if names else param.dtype
-            reason = reason or why_state_torch(param, own, others, new)
-            numbers = [state[name] for name in wanted.numbers if state.get(name) is not None]
-            has = len(own) + len(others) + len(numbers)
-            complete = has == len(names) + len(wanted.others) + len(wanted.numbers)
-            if not (reason or complete or param.grad is None) and torch.is_inference_mode_enabled():
+            found = [state.get(name) for name in names]
+            complete = all(entry is not None for entry in found)
+            if not reason:
+                new = param.dtype if complete else wanted.dtype(param)
+                reason = why_state_torch(param, found[:own], found[own:shaped], new)
+            creates = not complete and param.grad is not None
+            if not reason and creates and torch.is_inference_mode_enabled():
                 reason = "a state would be created in inference mode"
             if reason:
-                sorted_.torch.append(replace(member, reason=reason))
-            elif param.grad is None and not complete:
-                sorted_.waiting.append(member)
-            else:
+                member.reason = reason
+                sorted_.torch.append(member)
+            elif complete or creates:
                 sorted_.fused.append(member)
-                written.append(
-                    [param, *own, *others, *(n for n in numbers if isinstance(n, Tensor))]
-                )
+                written.append([param, *(t for t in found[:shaped] if t is not None)])
+            else:
+                sorted_.waiting.append(member)
     for place in reversed(_C.overlapping(written)):
         member = sorted_.fused.pop(place)
-        sorted_.torch.append(replace(member, reason=SHARED_MEMORY))
+        member.reason = SHARED_MEMORY
+        sorted_.torch.append(member)
     sorted_.torch.sort(key=_place)
     return sorted_
 
