@@ -94,42 +94,27 @@ def _cosine(step: float, steps: float) -> float:
 
 
 SCHEDULES = (
-    Schedule(
-        "constant",
-        lambda optimizer, steps: lr_scheduler.ConstantLR(optimizer, factor=1.0),
-        lambda step, steps: PEAK,
-    ),
-    Schedule(
-        "step: a third every quarter",
-        lambda optimizer, steps: lr_scheduler.StepLR(optimizer, steps // 4, gamma=1 / 3),
-        lambda step, steps: PEAK / 3 ** (step // (steps // 4)),
-    ),
-    Schedule(
-        "exponential: to a hundredth",
-        lambda optimizer, steps: lr_scheduler.ExponentialLR(optimizer, gamma=0.01 ** (1 / steps)),
-        lambda step, steps: PEAK * 0.01 ** (step / steps),
-    ),
-    Schedule(
-        "cosine: to zero",
-        lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
-        lambda step, steps: PEAK * _cosine(step, steps),
-    ),
-    Schedule(
-        "triangular: four cycles",
-        lambda optimizer, steps: lr_scheduler.CyclicLR(
-            optimizer, base_lr=PEAK / 20, max_lr=PEAK, step_size_up=steps // 8, cycle_momentum=False
-        ),
-        lambda step, steps: PEAK - (PEAK - PEAK / 20) * abs(step % (steps // 4) * 8 / steps - 1),
-    ),
-    Schedule(
-        "warm-up, then cosine",
-        _warm_up,
-        lambda step, steps: PEAK * (
-            0.01 + 0.99 * step / (steps // 10)
-            if step < steps // 10
-            else _cosine(step - steps // 10, steps - steps // 10)
-        ),
-    ),
+    Schedule("constant",
+             lambda optimizer, steps: lr_scheduler.ConstantLR(optimizer, factor=1.0),
+             lambda step, steps: PEAK),
+    Schedule("step: a third every quarter",
+             lambda optimizer, steps: lr_scheduler.StepLR(optimizer, steps // 4, gamma=1 / 3),
+             lambda step, steps: PEAK / 3 ** (step // (steps // 4))),
+    Schedule("exponential: to a hundredth",
+             lambda optimizer, steps: lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / steps)),
+             lambda step, steps: PEAK * 0.01 ** (step / steps)),
+    Schedule("cosine: to zero",
+             lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
+             lambda step, steps: PEAK * _cosine(step, steps)),
+    Schedule("triangular: four cycles",
+             lambda optimizer, steps: lr_scheduler.CyclicLR(
+                 optimizer, PEAK / 20, PEAK, step_size_up=steps // 8, cycle_momentum=False),
+             lambda step, steps: PEAK - PEAK * 0.95 * abs(step % (steps // 4) * 8 / steps - 1)),
+    Schedule("warm-up, then cosine",
+             _warm_up,
+             lambda step, steps: PEAK * (
+                 0.01 + 0.99 * step / (steps // 10) if step < steps // 10
+                 else _cosine(step - steps // 10, steps - steps // 10))),
 )  # fmt: skip
 
 
