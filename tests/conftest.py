@@ -4,23 +4,21 @@ from collections import Counter
 
 import pytest
 import torch
-from devices import Cuda, Host, Interpreted, Rehearsed, TritonOnCuda, needs
+from devices import ANYWHERE, PLACES, Interpreted
 
 from fusedopt import backends
 
-ON_A_GPU = [pytest.param(p, marks=needs(p.backend)) for p in (Cuda, TritonOnCuda)]
-PLACES = [Rehearsed, Interpreted, *ON_A_GPU]
 TOOLS = ("test_bench", "test_docs", "test_examples", "test_gpu_check")
 GPU_ROWS = pytest.StashKey[tuple[int, Counter[str]]]()
 
 
-@pytest.fixture(params=PLACES, ids=lambda place: place.name)
+@pytest.fixture(params=PLACES)
 def place(request, monkeypatch):
     """Where a device's kernels run."""
     return prepared(request.param, monkeypatch)
 
 
-@pytest.fixture(params=[Host, *PLACES], ids=lambda place: place.name)
+@pytest.fixture(params=ANYWHERE)
 def anywhere(request, monkeypatch):
     """Where any kernels run: those of the CPU too."""
     return prepared(request.param, monkeypatch)
@@ -65,7 +63,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if item.path.stem.startswith(TOOLS):
             item.add_marker(pytest.mark.tools)
-        leave_to_the_long_run(item)
     missing = {item: [m.args[0] for m in item.iter_markers("gpu")] for item in items}
     left_out = [item for item in items if any(missing[item])]
     config.stash[GPU_ROWS] = (
@@ -74,15 +71,6 @@ def pytest_collection_modifyitems(config, items):
     )
     items[:] = [item for item in items if not any(missing[item])]
     config.hook.pytest_deselected(items=left_out)
-
-
-def leave_to_the_long_run(item):
-    """What the interpreter, slow as it is, shows in fewer cases as well."""
-    params = getattr(getattr(item, "callspec", None), "params", {})
-    grouped = "whatever_the_number_of_groups" in item.name and "sgd" not in item.name
-    half = params.get("dtype") in (torch.float64, torch.float16)
-    if Interpreted in params.values() and (grouped or half):
-        item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

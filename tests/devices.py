@@ -191,3 +191,9 @@ class TritonOnCuda(Cuda):
 
     name = backend = "triton"
     row = backends.BACKENDS["triton"]
+
+
+PLACES = [pytest.param(place, id=place.name) for place in (Rehearsed, Interpreted)] + [
+    pytest.param(place, id=place.name, marks=needs(place.backend)) for place in (Cuda, TritonOnCuda)
+]
+ANYWHERE = [pytest.param(Host, id=Host.name), *PLACES]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from cases import Case, Sample, oracle_hyper
+from cases import Case, Sample
 from tolerances import assert_step_close
 from torch import Tensor
 
@@ -70,16 +70,15 @@ def checked_step(case: Case, optimizer: torch.optim.Optimizer) -> None:
             old_param, grad, old_states = before[param]
             count = float(old_states.pop("step", torch.tensor(0.0))) + 1
             new_states = states_of(optimizer, param)
-            if case.has_step and not old_states:  # created by this step; SGD's is not read by it
+            if not (old_states or case.lazy_state):  # created by this step
                 old_states = {k: torch.zeros_like(v) for k, v in new_states.items() if k != "step"}
-            hyper = oracle_hyper(case.rule, group)
             assert_step_close(
-                case.rule,
+                case,
                 param.dtype,
                 (old_param, grad, old_states),
                 (param, new_states),
                 int(count),
-                hyper,
+                case.hyper(group),
             )
 
 
@@ -119,11 +118,6 @@ def assert_same(
 def sample_named(case: Case, desc: str) -> Sample:
     """The sample of a case with this description."""
     return next(sample for sample in case.samples if sample.desc == desc)
-
-
-def with_states(case: Case) -> dict[str, Any]:
-    """Keywords under which the optimizer keeps a state."""
-    return {"lr": 0.1, **({"momentum": 0.9} if case.name == "sgd" else {})}
 
 
 def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ action both must be equal: bits, keys, dtypes, strides, groups.
 import inspect
 
 import torch
-from cases import CASES, oracle_hyper
+from cases import CASES
 from harness import set_grads, states_of
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
@@ -123,7 +123,7 @@ class SideBySide(RuleBasedStateMachine):
         assert ends[0] == ends[1]
         ours, theirs = self.optimizers
         for group in ours.param_groups:
-            hyper = oracle_hyper(self.case.rule, group)
+            hyper = self.case.hyper(group)
             for param in group["params"]:
                 index = next(i for i, p in enumerate(self.params[0]) if p is param)
                 if param.grad is not None and not param.grad.is_sparse and ends[0] != "skipped":
@@ -150,7 +150,7 @@ class SideBySide(RuleBasedStateMachine):
                 states = {name: torch.full_like(v, first) for name, v in new_states.items()}
         after = (param, new_states)
         before = (old, param.grad, states)
-        assert_step_close(self.case.rule, param.dtype, before, after, int(count) + 1, hyper)
+        assert_step_close(self.case, param.dtype, before, after, int(count) + 1, hyper)
 
     def give_gradients(self, params, missing=()):
         """New ones, in each parameter's present layout.
@@ -183,8 +183,8 @@ class SideBySide(RuleBasedStateMachine):
             assert list(states[0]) == list(states[1])
             for name, value in states[1].items():
                 if isinstance(value, torch.Tensor):
-                    # torch's SGD clones its first gradient, in that one's layout.
-                    assert_equal(states[0][name], value, name, strides=self.case.name != "sgd")
+                    # A state that is torch's clone of its first gradient has that one's layout.
+                    assert_equal(states[0][name], value, name, strides=not self.case.lazy_state)
                 else:
                     assert states[0][name] == value, name
         assert len(ours.state) == len(theirs.state)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CASES
-from harness import assert_same, make_params, run, set_grads, states_of, with_states
+from harness import assert_same, make_params, run, set_grads, states_of
 
 import fusedopt
 
@@ -13,12 +13,12 @@ PROTOCOLS = [
     pytest.param(case, fused, id=f"{case.name}-{'fused' if fused else 'host'}")
     for case in CASES
     for fused in (True, False)
-    if case.name != "rmsprop" or not fused
+    if not fused or "fused" in case.takes
 ]
 EACH_PROTOCOL = pytest.mark.parametrize(("case", "fused"), PROTOCOLS)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name != "rmsprop"], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in CASES if "fused" in c.takes], ids=lambda c: c.name)
 def test_grad_scaler_with_fused_is_torchs(case):
     outcomes = []
     for optimizer_class in (case.fused(), case.torch_class):
@@ -94,7 +94,7 @@ class Recorded:
         own = {"backend": place.backend} if cls is case.fused() else {}
         # torch's fused SGD keeps memory that nobody has written as the momentum of a skipped
         # first step, so there it has none.
-        kwargs = {"lr": 0.1} if fused and 0 in overflows else with_states(case)
+        kwargs = {"lr": 0.1} if fused and 0 in overflows else case.stateful
         kwargs |= {"fused": True} if fused else {}
         self.params, self.optimizer = params, cls(params, **kwargs, **own)
         self.scaler = torch.amp.GradScaler(place.device, init_scale=1024.0, growth_interval=2)
@@ -125,11 +125,12 @@ class Recorded:
                 assert not now_states[name].any(), name
 
 
-OVERFLOWS = pytest.mark.parametrize("overflows", [(), (0,), (3,), (0, 1, 4, 5)], ids=str)
-
-
 @EACH_PROTOCOL
-@OVERFLOWS
+@pytest.mark.parametrize(
+    "overflows",
+    [(), (0, 1, 4, 5), *(pytest.param(one, marks=pytest.mark.slow) for one in ((0,), (3,)))],
+    ids=str,
+)
 def test_overflows_change_nothing_and_scales_and_steps_are_torchs(anywhere, case, fused, overflows):
     ours = Recorded(case.fused(), case, anywhere, fused, overflows)
     theirs = Recorded(case.torch_class, case, anywhere, fused, overflows)
@@ -160,7 +161,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(anywhere, case, fused):
     for overflows in ((0,), (2, 3)):
         run = Recorded(case.fused(), case, anywhere, fused, overflows)
         params = make_params([(), (3, 5), (40,)], device=anywhere.device)
-        kwargs = {"lr": 0.1} if fused and 0 in overflows else with_states(case)
+        kwargs = {"lr": 0.1} if fused and 0 in overflows else case.stateful
         optimizer = case.fused()(params, backend=anywhere.backend, **kwargs)
         for step in range(7):
             if step not in overflows:
@@ -198,16 +199,16 @@ def test_half_precision_and_mixed_gradients_scale_alike(case, fused):
 @EACH_CASE
 def test_a_checkpoint_between_overflows_goes_on(case):
     """The scaler's state, the optimizer's and a skipped first step, all through state_dict."""
-    fused = {} if case.name == "rmsprop" else {"fused": True}
+    fused = {"fused": True} if "fused" in case.takes else {}
     params = make_params([(6,)])
-    optimizer = run(case.fused(), params, {**with_states(case), **fused}, steps=0)
+    optimizer = run(case.fused(), params, {**case.stateful, **fused}, steps=0)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     for step, overflow in enumerate((True, False, True)):
         scaled_gradients(params, scaler, step, overflow)
         scaler.step(optimizer)
         scaler.update()
         other, twin = [torch.nn.Parameter(params[0].detach().clone())], None
-        twin = run(case.fused(), other, {**with_states(case), **fused}, steps=0)
+        twin = run(case.fused(), other, {**case.stateful, **fused}, steps=0)
         twin.load_state_dict(optimizer.state_dict())
         twin_scaler = torch.amp.GradScaler("cpu")
         twin_scaler.load_state_dict(scaler.state_dict())
@@ -224,7 +225,7 @@ def test_saving_a_state_neither_drops_nor_changes_it(anywhere, case, fused):
     runs = []
     for saved in (True, False):
         params = make_params([(6,), (3, 4)], device=anywhere.device)
-        kwargs = {**with_states(case), **({"fused": True} if fused else {})}
+        kwargs = {**case.stateful, **({"fused": True} if fused else {})}
         optimizer = case.fused()(params, backend=anywhere.backend, **kwargs)
         for step in range(4):
             set_grads(params, step)

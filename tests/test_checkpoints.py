@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from cases import CASES, case_samples
+from devices import ANYWHERE
 from harness import (
     DTYPES,
     assert_same,
@@ -17,8 +18,8 @@ from harness import (
     set_grads,
     states_of,
     through_a_file,
-    with_states,
 )
+from pairs import pairwise, samples_in
 
 import fusedopt
 
@@ -46,13 +47,12 @@ IMPLEMENTATIONS = {
 }
 
 
-@EACH_CASE
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pairwise(anywhere=ANYWHERE, case=CASES, implementation=IMPLEMENTATIONS)
 def test_every_implementation_of_torch_interchanges_everywhere(anywhere, case, implementation):
     """Three runs that are one: torch's alone, ours from torch's checkpoint, torch's from ours."""
-    kwargs = {**with_states(case), "weight_decay": 0.1}
+    kwargs = {**case.stateful, "weight_decay": 0.1}
     flags = IMPLEMENTATIONS[implementation]
-    if case.name == "rmsprop" and "fused" in flags:
+    if "fused" in flags and "fused" not in case.takes:
         with pytest.raises(TypeError, match="fused"):  # torch's has none
             case.fused()(make_params(), **flags)
         return
@@ -75,8 +75,7 @@ def test_every_implementation_of_torch_interchanges_everywhere(anywhere, case, i
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in {"rmsprop", "adam", "adamw"}],
-                         ids=lambda case: case.name)  # fmt: skip
+@pytest.mark.parametrize("case", [c for c in CASES if c.capturable], ids=lambda case: case.name)
 def test_a_capturable_checkpoint_goes_on_where_steps_can_be_captured(place, case):
     params = make_params([(3, 5), (40,)], device=place.device)
     saved = run(case.torch_class, params, {"lr": 0.1}).state_dict()
@@ -100,16 +99,15 @@ def test_a_capturable_checkpoint_goes_on_where_steps_can_be_captured(place, case
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@EACH_CASE
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise(anywhere=ANYWHERE, case=CASES, dtype=DTYPES)
 def test_dtype_and_device_of_a_loaded_state_are_torchs(anywhere, case, dtype):
     """Whatever was saved: torch's cast to the parameter's dtype, and step counts as they were."""
     params = make_params([(5,), (3, 4)], torch.float32)
-    saved = run(case.fused(), params, with_states(case)).state_dict()
+    saved = run(case.fused(), params, case.stateful).state_dict()
     loaded = []
     for cls, kwargs in ((case.fused(), {"backend": anywhere.backend}), (case.torch_class, {})):
         others = make_params([(5,), (3, 4)], dtype, device=anywhere.device)
-        optimizer = cls(others, **with_states(case), **kwargs)
+        optimizer = cls(others, **case.stateful, **kwargs)
         optimizer.load_state_dict(through_a_file(saved))
         loaded.append([states_of(optimizer, param) for param in others])
     for ours, theirs in zip(*loaded, strict=True):
@@ -156,8 +154,8 @@ def test_a_loaded_dict_is_shared_where_torch_shares_it(case):
     shared = []
     for cls in (case.fused(), case.torch_class):
         params = make_params()
-        saved = copy.deepcopy(run(cls, params, with_states(case)).state_dict())
-        optimizer = cls(params, **with_states(case))
+        saved = copy.deepcopy(run(cls, params, case.stateful).state_dict())
+        optimizer = cls(params, **case.stateful)
         optimizer.load_state_dict(saved)
         shared.append(
             [
@@ -170,8 +168,7 @@ def test_a_loaded_dict_is_shared_where_torch_shares_it(case):
     assert any(same for *_, same in shared[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "sample"), case_samples())
+@samples_in(DTYPES)
 def test_save_load_continue_is_bitwise_the_uninterrupted_run(case, sample, dtype):
     kwargs = case.kwargs(sample, dtype)
     params = make_params(dtype=dtype)

@@ -136,7 +136,7 @@ def test_asking_a_fresh_optimizer_for_its_state_leaves_no_trace(world, mesh):
         ends = []
         for asks in (True, False):
             net = sharded(mesh)
-            optimizer = case.fused()(net.parameters(), **with_states(case), **COUNTED)
+            optimizer = case.fused()(net.parameters(), **case.stateful, **COUNTED)
             if asks:
                 state = get_optimizer_state_dict(net, optimizer)["state"]
                 for name, param in net.named_parameters():

@@ -318,9 +318,6 @@ def test_the_files_of_the_custom_rule_are_those_a_checkout_needs(tmp_path):
         "a page docs/rules/heavy_ball.md.",
         "its page in the table of docs/README.md.",
         "a row in tests/cases.py.",
-        "its entry in RULES of tests/oracle.py.",
-        "its entry in PARAM_ULPS of tests/tolerances.py.",
-        "its entry in STATE_ULPS of tests/tolerances.py.",
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, case_samples
+from cases import ADAM, CASES, case_samples
 from harness import DTYPES, clone_params, make_params, set_grads
 
 from fusedopt import _C, functional
@@ -30,7 +30,7 @@ def spelled(kwargs):
 
 def new_states(case, optimizer, params):
     """Lists of fresh states, as the class makes them, under the operator's names."""
-    names = _C.state_names(case.rule, optimizer.param_groups[0])
+    names = _C.state_names(case.name, optimizer.param_groups[0])
     value = optimizer.defaults.get("initial_accumulator_value", 0)
     lists = {
         f"{name}s": [torch.full_like(p, value) for p in params] if name in names else []
@@ -242,9 +242,6 @@ def test_a_tensor_subclass_is_asked():
     assert torch.ops.fusedopt.sgd_ in Tagged.asked
 
 
-CASE = {case.name: case for case in CASES}
-
-
 def replaced(place, index, value):
     """An edit of valid arguments: one tensor of one list becomes another."""
 
@@ -326,7 +323,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("edit", "error", "match"), WRONG, ids=range(len(WRONG)))
 def test_wrong_arguments_are_named_and_nothing_is_changed(edit, error, match):
-    args, kwargs = arguments(CASE["adam"])
+    args, kwargs = arguments(ADAM)
     edit(args, kwargs)
     tensors, before = snapshot(args, kwargs)
     with pytest.raises(error, match=match):
@@ -360,7 +357,7 @@ def test_a_compiled_function_calls_it_in_one_graph(case):
 
 
 def test_a_changed_tensor_lr_compiles_nothing_anew():
-    args, states = arguments(CASE["adam"])
+    args, states = arguments(ADAM)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def update(lr):

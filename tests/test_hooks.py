@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from cases import CASES
-from harness import make_params, set_grads, states_of, with_states
+from harness import make_params, set_grads, states_of
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -84,7 +84,7 @@ def test_a_hook_that_changes_gradients_states_and_groups_is_seen_by_the_step(any
     ends = []
     for cls, kwargs in ((case.fused(), {"backend": anywhere.backend}), (case.torch_class, {})):
         params = make_params([(5,), (3, 4)], device=anywhere.device)
-        optimizer = cls(params, **with_states(case), **kwargs)
+        optimizer = cls(params, **case.stateful, **kwargs)
 
         def before(optimizer, args, kwargs):
             param, *_ = optimizer.param_groups[0]["params"]
@@ -131,7 +131,7 @@ def test_hooks_of_state_dicts_are_called_as_in_torch(case):
     calls = {}
     for cls in (case.fused(), case.torch_class):
         params = make_params([(3,)])
-        optimizer = cls(params, **with_states(case))
+        optimizer = cls(params, **case.stateful)
         set_grads(params, 0)
         optimizer.step()
         calls[cls] = []
@@ -147,7 +147,7 @@ def test_hooks_of_state_dicts_are_called_as_in_torch(case):
 @EACH_CASE
 @pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=["own", "fp32"])
 def test_a_load_hook_that_returns_another_dict_decides_what_is_loaded(case, state_dtype):
-    kwargs = with_states(case)
+    kwargs = case.stateful
     params = make_params([(3, 4)], torch.bfloat16)
     optimizer = case.fused()(params, **kwargs, state_dtype=state_dtype)
     set_grads(params, 0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import CASES
 from harness import DTYPES, make_params
+from pairs import pairwise
 
 import fusedopt
 
@@ -63,13 +64,9 @@ def stepped(case, kwargs, layout, grad_layout, dtype, shape=(6, 4, 9, 10), steps
     return param.detach().contiguous(), states
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grad_layout", LAYOUTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, **CASE_IDS)
+@pairwise(case=CASES, layout=LAYOUTS, grad_layout=LAYOUTS, dtype=DTYPES)
 def test_layout_changes_no_bit(case, layout, grad_layout, dtype):
-    sample = max(case.samples, key=lambda sample: len(sample.kwargs))
-    kwargs = case.kwargs(sample, dtype)
+    kwargs = case.kwargs(case.richest, dtype)
     expected, expected_states = stepped(case, kwargs, torch.clone, torch.clone, dtype)
     actual, states = stepped(case, kwargs, LAYOUTS[layout], LAYOUTS[grad_layout], dtype)
     assert torch.equal(actual, expected)

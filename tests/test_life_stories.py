@@ -22,12 +22,12 @@ def on_a_device(monkeypatch):
     monkeypatch.setattr("fusedopt.optimizer.backend_for", lambda device: rehearsal.BACKEND)
 
 
-@pytest.mark.parametrize("stories", [200, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stories", [60, pytest.param(1500, marks=pytest.mark.slow)])
 def test_a_life_beside_torch(stories):
     live(Story, stories)
 
 
-@pytest.mark.parametrize("stories", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stories", [40, pytest.param(800, marks=pytest.mark.slow)])
 def test_a_life_on_a_device_beside_torch(on_a_device, stories):
     live(StoryOnADevice, stories)
 
@@ -90,4 +90,4 @@ def test_a_plan_that_misses_a_change_is_found(monkeypatch, fault):
     """By the stories of the quick run; without looking for the shortest."""
     monkeypatch.setattr("fusedopt.optimizer.Packed", fault)
     with pytest.raises(AssertionError):
-        live(Story, 200, phases=[Phase.generate])
+        live(Story, 60, phases=[Phase.generate])

@@ -13,12 +13,12 @@ from harness import (
     run,
     set_grads,
 )
+from pairs import samples_in
 
 import fusedopt
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "sample"), case_samples())
+@samples_in(DTYPES)
 def test_every_step_is_within_the_bound_of_the_oracle(case, sample, dtype):
     params = make_params(dtype=dtype)
     optimizer = case.fused()(params, **case.kwargs(sample, dtype), backend="cpu")
@@ -31,8 +31,7 @@ def test_every_step_is_within_the_bound_of_the_oracle(case, sample, dtype):
             assert not torch.equal(new, old), "nothing moved"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("case", "sample"), case_samples())
+@samples_in([torch.float32, torch.float64])
 def test_trajectory_is_torchs(case, sample, dtype):
     ours, theirs = make_params(dtype=dtype), make_params(dtype=dtype)
     # With a float32 lr or betas torch rounds its scalars to float32 even for float64 parameters.
@@ -87,8 +86,7 @@ def restore_tier():
     fusedopt._C.select_tier(tier)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "sample"), case_samples())
+@samples_in(DTYPES)
 def test_all_tiers_are_bitwise_equal(case, sample, dtype, restore_tier):
     tiers = fusedopt.cpu_tiers()
     assert tiers[0] == "generic"

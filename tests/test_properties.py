@@ -124,17 +124,17 @@ def model_test(models, examples):
     return decorate
 
 
-@model_test(SMALL_MODELS, 400)
+@model_test(SMALL_MODELS, 120)
 def test_grouping_tier_and_threads_do_not_change_a_bit(restored, pair, plans, tier, threads):
     check_model(pair, plans, tier, threads)
 
 
-@model_test(LARGE_MODELS, 50)
+@model_test(LARGE_MODELS, 15)
 def test_nor_do_chunks(restored, pair, plans, tier, threads):
     check_model(pair, plans, tier, threads)
 
 
 @pytest.mark.slow
-@model_test(st.one_of(SMALL_MODELS, SMALL_MODELS, LARGE_MODELS), 4000)
+@model_test(st.one_of(SMALL_MODELS, SMALL_MODELS, LARGE_MODELS), 3000)
 def test_models_at_length(restored, pair, plans, tier, threads):
     check_model(pair, plans, tier, threads)

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from cases import CASES
-from devices import Host
+from devices import ANYWHERE, Host
 from harness import make_params, set_grads
+from pairs import pairwise
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -53,7 +54,7 @@ def scheduled(cls, case, name, place, own_kwargs, reload_at=None):
     """Group values and parameters after each of 12 steps; two groups of their own lr."""
     params = make_params([(5,), (3, 4)], device=place.device)
     groups = [{"params": [params[0]], "lr": 0.1}, {"params": [params[1]], "lr": 0.02}]
-    kwargs = {"momentum": 0.9} if case.name in {"sgd", "rmsprop"} else {}
+    kwargs = {"momentum": 0.9} if case.momentum_key == "momentum" else {}
     optimizer = cls(groups, weight_decay=0.1, **kwargs, **own_kwargs)
     scheduler = SCHEDULERS[name](optimizer)
     track = []
@@ -70,8 +71,7 @@ def scheduled(cls, case, name, place, own_kwargs, reload_at=None):
     return track
 
 
-@EACH_CASE
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pairwise(anywhere=ANYWHERE, case=CASES, name=SCHEDULERS)
 def test_every_scheduler_drives_it_as_it_drives_torch(anywhere, case, name):
     """lr, momentum and betas of every step are equal, so are the trajectories; no warning."""
     own = {"backend": anywhere.backend}
@@ -93,18 +93,12 @@ def test_a_reloaded_schedule_goes_on(case, name):
         assert all(torch.equal(a, b) for a, b in zip(params, other_params, strict=True))
 
 
-def momentum_cycles(case):
-    group = case.torch_class(make_params([(2,)]), lr=0.1).param_groups[0]
-    return "betas" in group or "momentum" in group
-
-
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if momentum_cycles(case)], ids=lambda case: case.name
+    "case", [case for case in CASES if case.momentum_key], ids=lambda case: case.name
 )
 def test_one_cycle_moves_the_momentum(case):
-    key = "momentum" if case.name in {"sgd", "rmsprop"} else "betas"
     track = scheduled(case.fused(), case, "OneCycleLR", Host, {})
-    assert len({values[0][key] for values, _ in track}) > 5
+    assert len({values[0][case.momentum_key] for values, _ in track}) > 5
 
 
 @EACH_CASE

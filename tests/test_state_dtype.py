@@ -13,7 +13,6 @@ from harness import (
     run,
     set_grads,
     through_a_file,
-    with_states,
 )
 
 import fusedopt
@@ -38,7 +37,7 @@ COPIERS = {
 @EACH_CASE
 @pytest.mark.parametrize("copier", COPIERS)
 def test_state_dtype_goes_on_bitwise(case, copier):
-    kwargs = {**with_states(case), "state_dtype": torch.float32}
+    kwargs = {**case.stateful, "state_dtype": torch.float32}
     params = make_params(dtype=torch.bfloat16)
     optimizer = run(case.fused(), params, kwargs)
     twins, twin = COPIERS[copier](case, params, optimizer)
@@ -56,7 +55,7 @@ def test_state_dtype_goes_on_bitwise(case, copier):
 @EACH_CASE
 @pytest.mark.parametrize("declared", [None, torch.float32])
 def test_a_loaded_state_takes_the_declared_dtype(case, declared):
-    kwargs = with_states(case)
+    kwargs = case.stateful
     params = make_params(dtype=torch.bfloat16)
     saved = run(case.torch_class, params, kwargs).state_dict()
     if declared is None:  # what was saved is wider than what is declared

@@ -14,7 +14,6 @@ from harness import (
     set_grads,
     states_of,
     through_a_file,
-    with_states,
 )
 
 import fusedopt
@@ -22,21 +21,15 @@ import fusedopt
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-# What torch's classes have gained since their first release; older checkpoints lack it.
+# What all classes of torch have gained since their first release; older checkpoints lack it.
 LATER = {"foreach", "maximize", "capturable", "fused", "differentiable"}
-OWN_LATER = {
-    "sgd": {"nesterov"},
-    "rmsprop": {"centered", "momentum"},
-    "adam": {"amsgrad", "decoupled_weight_decay"},
-    "adamw": {"amsgrad"},
-}
 
 
 @EACH_CASE
 @pytest.mark.parametrize("step_is_a_number", [False, True], ids=["tensor step", "number step"])
 def test_older_checkpoints_load_as_in_torch(case, step_is_a_number):
     kwargs = {"lr": 0.1, "weight_decay": 0.1}
-    later = LATER | OWN_LATER.get(case.name, set())
+    later = LATER | {*case.later}
     runs = []
     for cls in (case.fused(), case.torch_class):
         params = make_params()
@@ -63,7 +56,7 @@ def test_older_checkpoints_load_as_in_torch(case, step_is_a_number):
 
 def broken(case):
     """Checkpoints of two named parameters that do not fit, with what the error must say."""
-    saved = run(case.fused(), make_params([(3,), (4, 5)]), with_states(case)).state_dict()
+    saved = run(case.fused(), make_params([(3,), (4, 5)]), case.stateful).state_dict()
     saved["param_groups"][0]["lr"] = 7.0
     names = [name for name in saved["state"][1] if name != "step"]
     for name in names:
@@ -88,7 +81,7 @@ def test_a_state_that_does_not_fit_names_the_parameter_and_loads_nothing(case):
         for _ in range(2):
             params = make_params([(3,), (4, 5)])
             named = list(zip(("first", "second"), params, strict=True))
-            optimizer = case.fused()(named, **with_states(case))
+            optimizer = case.fused()(named, **case.stateful)
             go_on((params, optimizer))
             runs.append((params, optimizer))
         optimizer = runs[0][1]
@@ -114,7 +107,7 @@ def test_groups_that_do_not_fit_give_torchs_own_error_and_load_nothing(case, dam
     errors = []
     for cls in (case.fused(), case.torch_class):
         params = make_params()
-        optimizer = run(cls, params, with_states(case))
+        optimizer = run(cls, params, case.stateful)
         saved = copy.deepcopy(optimizer.state_dict())
         before = [states_of(optimizer, param) for param in params]
         damage(saved)

@@ -10,9 +10,10 @@ The bound on a new parameter p' (a state: the same, in its own values) is::
 that of the type computed in: 2^-23 for fp32, bf16 and fp16 storage, 2^-52 for fp64. |p| +
 |oracle - p| bounds the size of the terms of a convex mix such as beta * s + (1 - beta) * g as well.
 
-*k* is half the number of roundings on the longest path of the formula (a rounding is at most half
-an ulp), a narrowed scalar counting as one. *conditioning* covers what no count of roundings can:
-a formula that subtracts nearly equal numbers (a gradient that cancels against its weight decay, a
+*k*, in a row of cases.py, is half the number of roundings on the longest path of the formula (a
+rounding is at most half an ulp), a narrowed scalar counting as one. A path starts after the decayed
+gradient, whose roundings are in *conditioning*. That covers what no count of roundings can: a
+formula that subtracts nearly equal numbers (a gradient that cancels against its weight decay, a
 centered variance, momentum against the gradient, 1 - beta^step) magnifies the roundings before. It
 is measured on the oracle itself: how far the result moves when the gradient or a state moves by one
 ulp. It stays at a few ulps of the update where nothing cancels.
@@ -23,29 +24,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from oracle import RULES, Array, States
-
-# Parameter. The decayed gradient's roundings are in `conditioning`, so paths start after it.
-#   sgd      buffer: (1 - dampening), product, sum 3; Nesterov: momentum, product, sum 3; lr,
-#            product 2; difference 1                                               9 / 2 -> 5
-#   adagrad  sum: square, sum 2, halved by the root: 1; root 1; eps, sum 2; lr, product 2;
-#            quotient 1; difference 1                                              8 / 2 -> 4
-#   rmsprop  square_avg: (1 - alpha), 2 products, sum 4; its centered difference 1, halved by the
-#            root: 2.5; root 1; eps, sum 2; quotient 1; buffer's sum 1; lr, product 2;
-#            difference 1                                                       10.5 / 2 -> 6
-#   adam     exp_avg: (1 - beta1), product, sum 3; step size, product 2; exp_avg_sq: 4, halved by
-#            the root: 2; root 1; 1 / sqrt(bias correction), product 2; eps, sum 2; quotient 1;
-#            difference 1                                                         14 / 2 -> 7
-PARAM_ULPS: dict[str, int] = {"sgd": 5, "adagrad": 4, "rmsprop": 6, "adam": 7, "adamw": 7}
-
-# States, counted alike; rmsprop's momentum_buffer: 5.5 for the root + eps, quotient 1, sum 1.
-STATE_ULPS: dict[str, dict[str, int]] = {
-    "sgd": {"momentum_buffer": 2},
-    "adagrad": {"sum": 1},
-    "rmsprop": {"square_avg": 2, "grad_avg": 2, "momentum_buffer": 4},
-    "adam": {"exp_avg": 2, "exp_avg_sq": 2, "max_exp_avg_sq": 2},
-}
-STATE_ULPS["adamw"] = STATE_ULPS["adam"]
+from cases import Array, Case, States
 
 # Bits of the significand (the hidden one included) and the exponent of the smallest normal number.
 _FORMATS: dict[str, tuple[int, int, int]] = {
@@ -95,7 +74,7 @@ def _epsilon(dtype: object) -> float:
 
 @np.errstate(all="ignore")  # infinities and NaN are values like others here
 def conditioning(
-    rule: str,
+    case: Case,
     param: Any,
     grad: Any,
     states: States,
@@ -106,7 +85,7 @@ def conditioning(
     """How far the oracle moves when its inputs move by one ulp each, summed over the inputs.
 
     Args:
-        rule: Name in `oracle.RULES`.
+        case: The row of cases.py.
         param: Parameter before the step.
         grad: Gradient.
         states: States before the step, as the oracle takes them.
@@ -120,11 +99,11 @@ def conditioning(
     param, grad = to_float64(param), to_float64(grad)
     states = {name: to_float64(value) for name, value in states.items()}
     epsilon, tiny = _epsilon(dtype), float(ulp(0.0, compute_dtype(dtype)))
-    decay = 0.0 if hyper.get("decoupled_weight_decay", rule == "adamw") else 1.0
-    decay *= float(hyper.get("weight_decay", 0.0))
+    hyper = {**case.defaults, **hyper}
+    decay = 0.0 if hyper.get("decoupled_weight_decay") else float(hyper["weight_decay"])
 
     def run(grad: Array, states: States, hyper: dict[str, Any]) -> dict[str, Array]:
-        new_param, new_states = RULES[rule](param, grad, states, step, **hyper)
+        new_param, new_states = case.formula(param, grad, states, step, **hyper)
         return {"param": new_param, **new_states}
 
     base = run(grad, states, hyper)
@@ -146,7 +125,7 @@ def conditioning(
     relative = 0.0
     for beta, share in zip(hyper.get("betas", ()), (1.0, 0.5), strict=False):
         relative += share * step * 2.0**-53 * beta**step / (1.0 - beta**step)
-    lr, decay = float(hyper["lr"]), float(hyper.get("weight_decay", 0.0))
+    lr, decay = float(hyper["lr"]), float(hyper["weight_decay"])
     slack["param"] = slack["param"] + relative * (
         np.abs(base["param"] - param) + lr * decay * np.abs(param)
     )
@@ -162,13 +141,13 @@ def _compute_bound(oracle: Array, old: Array, slack: Any, dtype: object, ulps: i
     return ulps * (_epsilon(dtype) * terms + to_float64(slack) + tiny)
 
 
-def _param_or_state_ulps(rule: str, name: str) -> int:
-    return PARAM_ULPS[rule] if name == "param" else STATE_ULPS[rule][name]
+def _ulps(case: Case, name: str) -> int:
+    return case.param_ulps if name == "param" else case.states[name].ulps
 
 
 @np.errstate(all="ignore")
 def absolute_bounds(
-    rule: str,
+    case: Case,
     param: Any,
     grad: Any,
     states: States,
@@ -178,12 +157,12 @@ def absolute_bounds(
 ) -> dict[str, Array]:
     """The bound of one step as absolute distances, by name; arguments as `conditioning`."""
     param, grad = to_float64(param), to_float64(grad)
-    new_param, new_states = RULES[rule](param, grad, states, step, **hyper)
-    slack = conditioning(rule, param, grad, states, step, hyper, dtype)
+    new_param, new_states = case.formula(param, grad, states, step, **hyper)
+    slack = conditioning(case, param, grad, states, step, hyper, dtype)
     bounds = {}
     for name, new in {"param": new_param, **new_states}.items():
         old = param if name == "param" else to_float64(states.get(name, 0.0))
-        arithmetic = _compute_bound(new, old, slack[name], dtype, _param_or_state_ulps(rule, name))
+        arithmetic = _compute_bound(new, old, slack[name], dtype, _ulps(case, name))
         bounds[name] = arithmetic + 0.5 * ulp(np.abs(new) + arithmetic, dtype)
     return bounds
 
@@ -221,7 +200,7 @@ def _assert_close(
 
 
 def assert_param_close(
-    actual: Any, oracle_new: Any, old: Any, dtype: object, rule: str, slack: Any = 0.0
+    actual: Any, oracle_new: Any, old: Any, dtype: object, case: Case, slack: Any = 0.0
 ) -> None:
     """Fails unless a stepped parameter is within the bound of the module's docstring.
 
@@ -230,10 +209,10 @@ def assert_param_close(
         oracle_new: The oracle's parameter after the same single step.
         old: Parameter before the step.
         dtype: Storage dtype (of torch or numpy, or its name).
-        rule: Name in `PARAM_ULPS`.
+        case: The row of cases.py.
         slack: `conditioning(...)["param"]`; 0 where no intermediate value can cancel.
     """
-    _assert_close(f"{rule} param", actual, oracle_new, old, dtype, PARAM_ULPS[rule], slack)
+    _assert_close(f"{case.name} param", actual, oracle_new, old, dtype, case.param_ulps, slack)
 
 
 def assert_state_close(
@@ -241,18 +220,18 @@ def assert_state_close(
     oracle_new: Any,
     old: Any,
     dtype: object,
-    rule: str,
+    case: Case,
     state: str,
     slack: Any = 0.0,
 ) -> None:
     """As `assert_param_close`, for the state named `state`."""
-    ulps = STATE_ULPS[rule][state]
-    _assert_close(f"{rule} {state}", actual, oracle_new, old, dtype, ulps, slack)
+    ulps = case.states[state].ulps
+    _assert_close(f"{case.name} {state}", actual, oracle_new, old, dtype, ulps, slack)
 
 
 @np.errstate(all="ignore")
 def assert_step_close(
-    rule: str,
+    case: Case,
     dtype: object,
     before: tuple[Any, Any, dict[str, Any]],
     after: tuple[Any, dict[str, Any]],
@@ -262,23 +241,23 @@ def assert_step_close(
     """Fails unless one step of one parameter is within the bounds: the check most tests want.
 
     Args:
-        rule: Name in `oracle.RULES`.
+        case: The row of cases.py.
         dtype: Storage dtype of the parameter and its states.
         before: Parameter, gradient and states by name before the step, as copies; a state torch
             has not created yet (SGD's buffer) is left out.
         after: Parameter and states after it; what is not a state of the rule ("step") is ignored.
         step: The parameter's step count after the step.
-        hyper: The oracle's keyword arguments (`cases.oracle_hyper`).
+        hyper: The oracle's keyword arguments (`Case.hyper`).
 
     Raises:
         AssertionError: It names the tensor, the worst element, its error and its bound.
     """
     param, grad = to_float64(before[0]), to_float64(before[1])
-    states = {n: to_float64(s) for n, s in before[2].items() if n in STATE_ULPS[rule]}
-    new_param, new_states = RULES[rule](param, grad, states, step, **hyper)
-    slack = conditioning(rule, param, grad, states, step, hyper, dtype)
-    assert_param_close(after[0], new_param, param, dtype, rule, slack["param"])
+    states = {n: to_float64(s) for n, s in before[2].items() if n in case.states}
+    new_param, new_states = case.formula(param, grad, states, step, **hyper)
+    slack = conditioning(case, param, grad, states, step, hyper, dtype)
+    assert_param_close(after[0], new_param, param, dtype, case, slack["param"])
     for name, new in new_states.items():
         old = states.get(name, np.zeros_like(param))
         stored = getattr(after[1][name], "dtype", dtype)  # fp32 beside a 16-bit parameter
-        assert_state_close(after[1][name], new, old, stored, rule, name, slack[name])
+        assert_state_close(after[1][name], new, old, stored, case, name, slack[name])
