@@ -46,7 +46,7 @@ def hypers(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
             if hyper not in seen:
                 seen.append(hyper)
                 name = sample.desc.replace(" ", "_")
-                yield f"{case.name}/{name}/weight_decay={weight_decay}", hyper
+                yield f"{case.name}/{name}", hyper
 
 
 def fields(hyper: dict[str, Any]) -> list[float]:
@@ -80,7 +80,7 @@ def golden_lines() -> Iterator[str]:
                     bounds = absolute_bounds(case, param, grad, given, step, hyper, dtype)
                     columns += [bounds[n] for n in ("param", *states)]
                 values = fields(hyper)
-                yield f"case {name}/step={step}"
+                yield f"case {name}/step={step}/weight_decay={hyper['weight_decay']}"
                 yield f"rule {case.name}"
                 yield " ".join(["hyper", str(len(values)), *map(float.hex, values)])
                 yield f"step {step} first {int(first)}"

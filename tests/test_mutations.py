@@ -72,37 +72,37 @@ _BODY = {"test": "cuda_body_test"}
 _ONEPASS = {"test": "onepass_test"}
 
 MUTATIONS = [
-    Mutation("sgd drops decay", "rules/sgd.h", _DECAY, "", r"sgd/plain/\S*decay=0.1"),
-    Mutation("adagrad drops decay", "rules/adagrad.h", _DECAY, "", r"adagrad/plain/\S*decay=0.1"),
-    Mutation("rmsprop drops decay", "rules/rmsprop.h", _DECAY, "", r"rmsprop/plain/\S*decay=0.1"),
-    Mutation("adam drops coupled decay", "rules/adam.h", _DECAY, "", r"adam/plain/\S*decay=0.1"),
+    Mutation("sgd drops decay", "rules/sgd.h", _DECAY, "", r"sgd/default/\S*decay=0.1"),
+    Mutation("adagrad drops decay", "rules/adagrad.h", _DECAY, "", r"adagrad/default/\S*decay=0.1"),
+    Mutation("rmsprop drops decay", "rules/rmsprop.h", _DECAY, "", r"rmsprop/default/\S*decay=0.1"),
+    Mutation("adam drops coupled decay", "rules/adam.h", _DECAY, "", r"adam/default/\S*decay=0.1"),
     Mutation(
         "adamw drops decoupled decay",
         "rules/adam.h",
         "param = param * s.decay;",
         "",
-        r"adamw/plain/\S*decay=0.1",
+        r"adamw/default/\S*decay=0.1",
     ),
     Mutation(
         "adam swaps betas",
         "rules/adam.h",
         "double lr, beta1, beta2,",
         "double lr, beta2, beta1,",
-        r"adam/plain/step=10/",
+        r"adam/default/step=10/",
     ),
     Mutation(
         "adam forgets the first bias correction",
         "rules/adam.h",
         "T(h.lr / bias_correction1)",
         "T(h.lr)",
-        r"adam/plain/step=1/",
+        r"adam/default/step=1/",
     ),
     Mutation(
         "adam forgets the second bias correction",
         "rules/adam.h",
         "T(1.0 / sqrt(bias_correction2))",
         "T(1.0)",
-        r"adam/plain/step=1/",
+        r"adam/default/step=1/",
     ),
     Mutation(
         "adam ignores amsgrad's maximum",
@@ -172,7 +172,7 @@ MUTATIONS = [
         "rules/adam.h",
         "* s.inv_sqrt_bias_correction2 + s.eps;",
         "* s.inv_sqrt_bias_correction2;",
-        r"adam/eps/step=1/",
+        r"adam/non-default_betas_and_eps/step=1/",
     ),
     Mutation(
         "bf16 rounds ties away from zero",
