@@ -21,7 +21,6 @@ from distributed_runs import (
     sharded,
     whole,
 )
-from harness import with_states
 from ranks import on_ranks
 from test_distributed import RICHEST
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
