@@ -27,7 +27,7 @@ def backend(request):
 
 
 def settings(case):
-    return {"lr": 0.01, **({"momentum": 0.9} if case.name == "sgd" else {})}
+    return {**case.stateful, "lr": 0.01}
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CASES, Case
+from cases import ADAMW, CASES, Case
 from distributed_runs import (
     Net,
     assert_equal_runs,
@@ -32,14 +32,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import fusedopt
 
-# The most state a class can have, and nothing zero that could hide a mistake.
-RICHEST = {
-    "sgd": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
-    "adagrad": {"lr": 0.1, "lr_decay": 0.5, "weight_decay": 0.1, "initial_accumulator_value": 0.1},
-    "rmsprop": {"centered": True, "momentum": 0.9, "weight_decay": 0.1},
-    "adam": {"amsgrad": True, "weight_decay": 0.1},
-    "adamw": {"amsgrad": True, "weight_decay": 0.1, "lr": torch.tensor(0.01)},
-}
+# The most state a class can have; one with a learning rate in a tensor.
+RICHEST = {case.name: dict(case.richest.kwargs) for case in CASES}
+RICHEST[ADAMW.name]["lr"] = torch.tensor(0.01)
 CLOSE = {"rtol": 2e-6, "atol": 2e-6}
 
 

@@ -40,6 +40,13 @@ SHARED_KERNELS = {"launcher", "math", "multi_tensor", "norm"}
 # in these places but a rule's own, whatever folder is added.
 NAMELESS = ("csrc", "triton_kernels", "fusedopt", "setup.py", "CMakeLists.txt")
 NAMELESS_BUT = ("csrc/rules/", "fusedopt/__init__.py")
+# What may take an optimizer's class as an example, but must not decide by the name of a rule: all
+# but the rows, this test, and what breaks or compiles some rules' own files.
+TOOLS = ("tests", "bench", "examples")
+TOOLS_BUT = (
+    CASES,
+    *(f"tests/test_{n}" for n in ("registry", "mutations", "triton", "cuda_static")),
+)
 
 
 def listed_rules(root):
@@ -160,6 +167,13 @@ def strays(root):
             if file.suffix not in {".so", ".pyc"} and not path.startswith(own):
                 named = pattern.findall(code(file.read_text(), file.suffix))
                 found += [f"{path} names the rule {name}." for name in named[:1]]
+    for file in sorted(file for place in TOOLS for file in (root / place).rglob("*.py")):
+        path = file.relative_to(root).as_posix()
+        constants = {
+            n.value for n in ast.walk(ast.parse(read(file))) if isinstance(n, ast.Constant)
+        }
+        if not path.startswith(TOOLS_BUT):
+            found += [f"{path} names the rule {name}." for name in rules if name in constants]
     return found
 
 
@@ -192,7 +206,7 @@ def tree(tmp_path_factory):
     """A copy of the sources to break."""
     root = tmp_path_factory.mktemp("tree")
     ignore = shutil.ignore_patterns("__pycache__", "cpp", "test_*", "*.so", "*.png")
-    for place in (*NAMELESS, "docs", "tests"):
+    for place in (*NAMELESS, *TOOLS, "docs"):
         copy = functools.partial(shutil.copytree, ignore=ignore)
         (copy if (ROOT / place).is_dir() else shutil.copy)(ROOT / place, root / place)
     return root
@@ -264,6 +278,9 @@ def test_all_that_an_unlisted_rule_has_is_named(tree, write):
         ("csrc/core/table.h", '"http://" ADAM', "csrc/core/table.h names the rule ADAM"),
         ("csrc/gpu/driver.cu", "adamw();", "csrc/gpu/driver.cu names the rule adamw"),
         ("fusedopt/amp.py", "x = 5 // 2 or 'sgd'", "fusedopt/amp.py names the rule sgd"),
+        ("tests/harness.py", "case.name == 'sgd'", "tests/harness.py names the rule sgd"),
+        ("bench/peers.py", "SETTINGS = {'adamw': 1}", "bench/peers.py names the rule adamw"),
+        ("examples/race.py", "fusedopt.SGD('sgdm')", None),
         ("CMakeLists.txt", "add(adam)  # or sgd", "CMakeLists.txt names the rule adam"),
         ("csrc/cpu/driver.cpp", "// as AdamW\n/* or\n sgd */ int adamant;", None),
         ("fusedopt/amp.py", '"""As AdamW."""\n\nx = 1  # or sgd', None),
