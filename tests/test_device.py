@@ -326,10 +326,12 @@ def test_double_numbers_on_the_device(place):
 @each("case", FUSED, ids=lambda case: case.name)
 @each("skipped", [(0,), (0, 1, 3), (2,)], ids=str)
 def test_an_overflow_leaves_everything_as_it_was(place, case, skipped):
-    """Bit for bit; and the steps that took place are those of a run without the others."""
-    kwargs = {**momentum_of(case), "fused": True}
-    params, optimizer = make(place, case, kwargs)
-    twin, other = make(place, case, kwargs)
+    """Bit for bit; and the steps that took place are those of a run without the others.
+
+    That run's scalars are the host's: the device's are its bits.
+    """
+    params, optimizer = make(place, case, {**momentum_of(case), "fused": True})
+    twin, other = make(place, case, momentum_of(case))
     for step in range(5):
         set_grads(params, step)
         grads = [param.grad.clone() for param in params]
