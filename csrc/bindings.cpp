@@ -3,7 +3,10 @@
 #include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/utils/lambda_post_hook.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include "cpu/tiers.h"
 #include "data/ring.h"
@@ -20,6 +23,18 @@ at::Tensor tensor_or_undefined(const py::object& object) {
 
 at::Tensor local_or_undefined(const py::object& object) {
   return object.is_none() ? at::Tensor() : THPVariable_Unpack(local_of(object.ptr()).tensor);
+}
+
+// Whether DistributedDataParallel will add up a parameter's gradient over the ranks: that is what torch
+// has such hooks for, which run after those on the parameter.
+bool has_reducer(const py::object& param) {
+  const auto node =
+      torch::autograd::impl::try_get_grad_accumulator(THPVariable_Unpack(param.ptr()));
+  if (node == nullptr) return false;
+  const auto& hooks = node->post_hooks();
+  return std::any_of(hooks.begin(), hooks.end(), [](const auto& hook) {
+    return dynamic_cast<torch::autograd::utils::LambdaPostHook*>(hook.get()) != nullptr;
+  });
 }
 
 // The states a param group's flags ask for, in the order of torch's state_dict but for `step`.
@@ -53,35 +68,97 @@ bool has_kernel(const at::Tensor& param, const at::Tensor& grad, const at::Tenso
   return storage_index({*storage_dtype(param), *storage_dtype(grad), *storage_dtype(state)}) >= 0;
 }
 
-void bind_onepass(py::module_& m) {
-  py::class_<OnePass, std::shared_ptr<OnePass>>(m, "OnePass")
-      .def(py::init<>())
-      .def_readwrite("max_norm", &OnePass::max_norm)
-      .def_readwrite("measures", &OnePass::measures)
-      .def_readwrite("check", &OnePass::check)
-      .def_readwrite("ema_decay", &OnePass::ema_decay)
-      .def_readwrite("zero_grads", &OnePass::zero_grads)
-      .def_readwrite("accumulates", &OnePass::accumulates)
-      .def_readwrite("mean", &OnePass::mean)
-      .def_property_readonly("may_skip", &OnePass::may_skip)
-      .def("taken", [](OnePass& self, py::handle p) { return self.member(p.ptr()).taken; })
-      .def("fresh", [](OnePass& self, py::handle p) { return self.member(p.ptr()).fresh; })
+py::object wrap(const at::Tensor& tensor) {
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+}
+
+void bind_memory(py::module_& m) {
+  py::class_<StepOptions>(m, "StepOptions")
+      .def(py::init<double, bool, bool, double, bool, bool, bool>(), py::kw_only(),
+           py::arg("max_norm") = -1.0, py::arg("measures") = false, py::arg("check") = false,
+           py::arg("ema_decay") = -1.0, py::arg("zero_grads") = false,
+           py::arg("accumulates") = false, py::arg("mean") = true)
+      .def_readonly("measures", &StepOptions::measures)
+      .def_readonly("check", &StepOptions::check)
+      .def_readonly("accumulates", &StepOptions::accumulates)
+      .def_readonly("mean", &StepOptions::mean)
+      .def_property_readonly("averages", &StepOptions::averages)
+      .def_property_readonly("may_skip", &StepOptions::may_skip);
+  py::class_<StepMemory, std::shared_ptr<StepMemory>>(m, "StepMemory")
+      .def(py::init<py::object>(), py::arg("reduce"))
+      .def_readwrite("options", &StepMemory::options)
+      .def("has_accumulated",
+           [](StepMemory& self, py::handle p) { return self.member(p.ptr()).has_accumulated; })
+      .def("fresh", [](StepMemory& self, py::handle p) { return self.member(p.ptr()).fresh; })
       .def("remember",
-           [](OnePass& self, py::handle param, bool taken, bool fresh) {
-             OnePass::Member& member = self.member(param.ptr());
-             member.taken = taken;
+           [](StepMemory& self, py::handle param, bool has_accumulated, bool fresh) {
+             StepMemory::Member& member = self.member(param.ptr());
+             member.has_accumulated = has_accumulated;
              member.fresh = fresh;
            })
-      .def("forget", [](OnePass& self) { self.members().clear(); })
-      .def_property("window_weight", &OnePass::window_weight, &OnePass::reset_window)
+      .def("forget", &StepMemory::forget)
+      .def("end_window", &StepMemory::end_window)
+      .def_property("window_weight", &StepMemory::window_weight, &StepMemory::set_window_weight)
       // A verdict's memory, by device; csrc/core/onepass.h says what is in it.
-      .def_property_readonly("verdicts", [](const OnePass& self) {
+      .def_property_readonly("verdicts", [](const StepMemory& self) {
         py::list tensors;
-        for (const auto& [device, tensor] : self.verdicts()) {
-          tensors.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)));
-        }
+        for (const auto& [device, tensor] : self.verdicts()) tensors.append(wrap(tensor));
         return tensors;
       });
+}
+
+void bind_plan(py::module_& m) {
+  py::enum_<Purpose>(m, "Purpose")
+      .value("UPDATE", Purpose::kUpdate)
+      .value("ACCUMULATE", Purpose::kAccumulate)
+      .value("CLOSE", Purpose::kClose)
+      .value("FLUSH", Purpose::kFlush);
+  py::class_<StepRequest>(m, "StepRequest")
+      .def(py::init([](Purpose purpose, const py::object& weight, const py::object& grad_scale,
+                       const py::object& found_inf, bool follows) {
+             StepRequest request;
+             request.purpose = purpose;
+             request.follows = follows;
+             if (THPVariable_Check(weight.ptr())) {
+               request.live_weight = THPVariable_Unpack(weight.ptr());
+             } else {
+               request.weight = weight.cast<double>();
+             }
+             request.amp = {tensor_or_undefined(grad_scale), tensor_or_undefined(found_inf)};
+             return request;
+           }),
+           py::arg("purpose") = Purpose::kUpdate, py::arg("weight") = 1.0,
+           py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none(),
+           py::arg("follows") = false)
+      .def_readonly("purpose", &StepRequest::purpose)
+      .def_readwrite("rows", &StepRequest::rows)
+      .def_readwrite("before", &StepRequest::before);
+  const static StepRequest nothing;
+  py::class_<StepPlan>(m, "StepPlan")
+      .def(py::init<const std::string&, const py::list&, const py::dict&, const py::list&,
+                    const py::list&, const py::dict&, std::shared_ptr<CapturedTables>,
+                    std::shared_ptr<StepMemory>>(),
+           py::arg("rule"), py::arg("param_groups"), py::arg("state"), py::arg("rows"),
+           py::arg("idle"), py::arg("launchers"), py::arg("captured"), py::arg("memory"))
+      .def(
+          "why_not",
+          [](StepPlan& plan, const py::list& groups, const py::dict& state,
+             const StepRequest* request) {
+            return plan.why_not(groups, state, request != nullptr ? *request : nothing);
+          },
+          py::arg("param_groups"), py::arg("state"), py::arg("request") = py::none())
+      .def(
+          "step",
+          [](StepPlan& plan, const py::list& groups, const py::dict& state,
+             const StepRequest* request) {
+            return plan.step(groups, state, request != nullptr ? *request : nothing);
+          },
+          py::arg("param_groups"), py::arg("state"), py::arg("request") = py::none())
+      .def_property_readonly("on_device", &StepPlan::on_device)
+      .def("describe", &StepPlan::describe);
+
+  // What `step` says of a flush that meets a gradient which is in no accumulator.
+  m.attr("UNSEEN_GRADIENT") = kUnseenGradient;
 }
 
 }  // namespace
@@ -90,44 +167,13 @@ PYBIND11_MODULE(_C, m) {
   py::class_<CapturedTables, std::shared_ptr<CapturedTables>>(m, "CapturedTables")
       .def(py::init<>())
       .def("refresh", &CapturedTables::refresh, py::arg("rule"), py::arg("param_groups"));
-  py::enum_<Purpose>(m, "Purpose")
-      .value("UPDATE", Purpose::kUpdate)
-      .value("ACCUMULATE", Purpose::kAccumulate)
-      .value("CLOSE", Purpose::kClose)
-      .value("FLUSH", Purpose::kFlush);
-  bind_onepass(m);
-  py::class_<StepPlan>(m, "StepPlan")
-      .def(py::init<const std::string&, const py::list&, const py::dict&, const py::list&,
-                    const py::list&, const py::dict&, std::shared_ptr<CapturedTables>,
-                    std::shared_ptr<OnePass>>(),
-           py::arg("rule"), py::arg("param_groups"), py::arg("state"), py::arg("rows"),
-           py::arg("idle"), py::arg("launchers"), py::arg("captured"), py::arg("onepass"))
-      .def("refresh", &StepPlan::refresh, py::arg("param_groups"), py::arg("state"),
-           py::arg("purpose") = Purpose::kUpdate)
-      .def(
-          "launch_onepass",
-          [](StepPlan& plan, const py::object& grad_scale, const py::object& found_inf,
-             double weight, const py::object& live_weight, const py::object& reduce) {
-            const AmpTensors amp{tensor_or_undefined(grad_scale), tensor_or_undefined(found_inf)};
-            return plan.launch(amp, {weight, tensor_or_undefined(live_weight)}, reduce);
-          },
-          py::arg("grad_scale"), py::arg("found_inf"), py::arg("weight"), py::arg("live_weight"),
-          py::arg("reduce"))
-      .def(
-          "launch",
-          [](StepPlan& plan, const py::object& grad_scale, const py::object& found_inf) {
-            plan.launch({tensor_or_undefined(grad_scale), tensor_or_undefined(found_inf)});
-          },
-          py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none())
-      .def_property_readonly("on_device", &StepPlan::on_device)
-      .def("describe", &StepPlan::describe);
-
-  // What `refresh` says of a flush that meets a gradient which is in no accumulator.
-  m.attr("UNSEEN_GRADIENT") = kUnseenGradient;
+  bind_memory(m);
+  bind_plan(m);
 
   bind_data(m);
 
   m.def("rules", &rules);
+  m.def("has_reducer", &has_reducer, py::arg("param"));
   m.def("state_names", &state_names, py::arg("rule"), py::arg("group"));
   m.def(
       "why_not_fused",

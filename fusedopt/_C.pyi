@@ -17,24 +17,56 @@ class Purpose:
     CLOSE: Purpose
     FLUSH: Purpose
 
-class OnePass:
-    def __init__(self) -> None: ...
-    max_norm: float
-    measures: bool
-    check: bool
-    ema_decay: float
-    zero_grads: bool
-    accumulates: bool
-    mean: bool
-    window_weight: float
+class StepOptions:
+    def __init__(
+        self,
+        *,
+        max_norm: float = ...,
+        measures: bool = ...,
+        check: bool = ...,
+        ema_decay: float = ...,
+        zero_grads: bool = ...,
+        accumulates: bool = ...,
+        mean: bool = ...,
+    ) -> None: ...
+    @property
+    def measures(self) -> bool: ...
+    @property
+    def check(self) -> bool: ...
+    @property
+    def accumulates(self) -> bool: ...
+    @property
+    def averages(self) -> bool: ...
+    @property
+    def mean(self) -> bool: ...
     @property
     def may_skip(self) -> bool: ...
+
+class StepMemory:
+    def __init__(self, reduce: Callable[[list[Any], Tensor], None]) -> None: ...
+    options: StepOptions
+    window_weight: float
     @property
     def verdicts(self) -> list[Tensor]: ...
-    def taken(self, param: Tensor) -> bool: ...
+    def has_accumulated(self, param: Tensor) -> bool: ...
     def fresh(self, param: Tensor) -> bool: ...
-    def remember(self, param: Tensor, taken: bool, fresh: bool) -> None: ...
+    def remember(self, param: Tensor, has_accumulated: bool, fresh: bool) -> None: ...
     def forget(self) -> None: ...
+    def end_window(self) -> None: ...
+
+class StepRequest:
+    def __init__(
+        self,
+        purpose: Purpose = ...,
+        weight: float | Tensor = 1.0,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        follows: bool = False,
+    ) -> None: ...
+    @property
+    def purpose(self) -> Purpose: ...
+    rows: list[int] | None
+    before: Callable[[], bool] | None
 
 class StepPlan:
     def __init__(
@@ -46,23 +78,20 @@ class StepPlan:
         idle: list[Tensor],
         launchers: dict[str, object],
         captured: CapturedTables,
-        onepass: OnePass | None,
+        memory: StepMemory | None,
     ) -> None: ...
-    def refresh(
+    def why_not(
         self,
         param_groups: list[dict[str, Any]],
         state: dict[Tensor, Any],
-        purpose: Purpose = ...,
+        request: StepRequest | None = None,
     ) -> str | None: ...
-    def launch_onepass(
+    def step(
         self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        weight: float,
-        live_weight: Tensor | None,
-        reduce: Callable[[list[Any], Tensor], None],
-    ) -> bool: ...
-    def launch(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None: ...
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        request: StepRequest | None = None,
+    ) -> bool | str: ...
     @property
     def on_device(self) -> bool: ...
     def describe(self) -> list[dict[str, Any]]: ...
@@ -78,6 +107,7 @@ class Ring:
 
 def rules() -> dict[str, dict[str, Any]]: ...
 def state_names(rule: str, group: dict[str, Any]) -> list[str]: ...
+def has_reducer(param: Tensor) -> bool: ...
 def why_not_fused(param: Tensor, grad: Tensor | None) -> str: ...
 def why_state_unfit(param: Tensor, state: Tensor) -> str: ...
 def has_kernel(param: Tensor, grad: Tensor, state: Tensor) -> bool: ...

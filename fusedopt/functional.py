@@ -139,10 +139,9 @@ class _Step:
         plan = _C.StepPlan(
             self.rule, [group], state, rows, [], members.launchers, _C.CapturedTables(), None
         )
-        why_not = plan.refresh([group], state)
-        if why_not is not None:
-            raise ValueError(f"{self.name}: the step cannot be prepared: {why_not}")
-        plan.launch()
+        outcome = plan.step([group], state)
+        if isinstance(outcome, str):
+            raise ValueError(f"{self.name}: the step cannot be prepared: {outcome}")
 
     def _group(self, kwargs: dict[str, Any]) -> Group:
         """A param group of these hyperparameters, once the constructor finds them valid."""

@@ -69,9 +69,7 @@ class GradScaler(torch.amp.GradScaler):
             optimizer._in_backward.refuse_scaler()
         self._check_scale_growth_tracker("step")
         onepass = optimizer._need_onepass()
-        if not onepass.core.check:
-            onepass.check_gradients()
-            optimizer._packed = None  # built for steps that take place
+        onepass.adopt(onepass.options, check=True)
         optimizer.grad_scale = self._get_scale_async()  # type: ignore[attr-defined]
         optimizer.found_inf = None  # type: ignore[attr-defined]
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame as _eval_frame
 
-from fusedopt.backward_parts import Part, Streams
+from fusedopt._extension import _C
+from fusedopt.backward_parts import Streams
 from fusedopt.framework_checks import check_no_framework_accumulates
-from fusedopt.onepass import _initializes
+from fusedopt.onepass import initializes
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.routing import describe
 
@@ -114,13 +114,10 @@ class InBackward:
         self._hooked: dict[int, tuple[Tensor, RemovableHandle]] = {}
         # Hooks of parameters on several devices run in as many threads.
         self._lock = threading.RLock()
-        self._looked_for_wrappers = False
-        self._stepping = False
         # Of the backwards that run now, the outermost and those inside of it, by torch's number:
         # the callable that torch holds until it ends. One that dies has ended in an exception.
         self._tasks: dict[int, weakref.ref[_Ending]] = {}
         self._way_out: weakref.ref[_WayOut] | None = None
-        self._part: Part | None = None
         self._start_over()
         self._check(optimizer)
         _check_wrappers(optimizer)
@@ -212,8 +209,6 @@ class InBackward:
         Raises:
             RuntimeError: a GradScaler calls it; there is no telling what micro-batch these are of.
         """
-        if self._stepping:
-            return False
         optimizer = self.optimizer
         if hasattr(optimizer, "grad_scale") or hasattr(optimizer, "found_inf"):
             optimizer.__dict__.pop("grad_scale", None)  # torch's would leave them there
@@ -221,7 +216,9 @@ class InBackward:
             self.refuse_scaler()
         if not any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
             return True
-        if optimizer.accumulation_steps > 1 and not _initializes(optimizer):
+        if optimizer.accumulation_steps > 1 and not initializes(
+            optimizer.param_groups, optimizer.state
+        ):
             raise RuntimeError(
                 "step() found gradients that no backward made, with accumulation_steps="
                 f"{optimizer.accumulation_steps}: under step_in_backward() it is a backward that "
@@ -328,7 +325,7 @@ class InBackward:
         self._pending: dict[int, Tensor] = {}
         self._done: set[int] = set()
         self._bytes = 0
-        self._part = None
+        self._began = self._closes = False
         self._streams = Streams()
         self._tasks.clear()
         self._forget_way_out()
@@ -337,19 +334,15 @@ class InBackward:
         optimizer = self.optimizer
         self._start_over()
         self._check(optimizer)
-        if not self._looked_for_wrappers:  # DistributedDataParallel may have come after us
-            _check_wrappers(optimizer)
-            self._looked_for_wrappers = True
+        _check_wrappers(optimizer)  # DistributedDataParallel may have come after us
         self.adopt()
         if optimizer.accumulation_steps > 1:
             check_no_framework_accumulates()
-            self._part = Part(optimizer)
+            self._closes = optimizer.will_step
 
     def _finish(self) -> None:
         optimizer = self.optimizer
         self._step(last=True)
-        if self._part is not None:
-            self._part.count()
         # Learning rate schedulers warn where nobody has stepped. What was done was a step.
         optimizer._opt_called = True  # type: ignore[attr-defined]
         self._start_over()
@@ -358,37 +351,25 @@ class InBackward:
         """Drops what a backward has left that did not end."""
         for param in self._pending.values():
             param.grad = None
-        part = self._part
+        began = self._began
         self._start_over()
-        if part is not None:
-            part.abandon()
+        if began:
+            optimizer = self._reference()
+            if optimizer is not None:
+                optimizer._drop_window()
 
     def _step(self, *, last: bool = False) -> None:
         """Updates the collected parameters; the last time, all that have a gradient."""
         optimizer = self.optimizer
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        having = {id(p): p for p in params if p.grad is not None}
-        others = {}
-        if not last:  # gradients from before the backward, whose turn comes
-            others = {p: p.grad for key, p in having.items() if key not in self._pending}
-            having = {key: p for key, p in having.items() if key in self._pending}
-        optimizer._check_not_swapped()
-        with self._streams.joined([p.grad for p in having.values()], last=last):
-            try:
-                for param in others:
-                    param.grad = None
-                if self._part is not None:
-                    self._part.step(having, last=last)
-                elif having:
-                    self._stepping = True
-                    optimizer._step()
-            finally:
-                self._stepping = False
-                for param, grad in others.items():
-                    param.grad = grad
-            for param in having.values():
-                param.grad = None
-        self._done.update(having)
+        params = list(self._pending.values())
+        if last:  # gradients from before the backward, too
+            groups = optimizer.param_groups
+            params = [p for group in groups for p in group["params"] if p.grad is not None]
+        with self._streams.joined([param.grad for param in params], last=last):
+            self._began = optimizer._step_part(
+                params, closes=self._closes, began=self._began, last=last
+            )
+        self._done.update(id(param) for param in params)
         self._pending, self._bytes = {}, 0
 
     # ---- Errors ----------------------------------------------------------------------------------
@@ -409,7 +390,7 @@ class InBackward:
                 "zero_grads=True keeps gradients in memory as zeros, and step_in_backward() frees "
                 "them; leave out one of the two"
             )
-        if onepass is not None and onepass.core.measures:
+        if onepass is not None and onepass.core.options.measures:
             raise RuntimeError(
                 "a GradScaler has stepped this optimizer, which looks at all gradients since; "
                 "construct a new one for step_in_backward(), and load this one's state_dict()"
@@ -509,30 +490,18 @@ def _bytes_of(grad: Tensor) -> int:
 
 
 def _check_wrappers(optimizer: FusedOptimizer) -> None:
-    """Raises if a wrapper holds a parameter whose gradient it reduces after our hooks."""
-    kinds: list[type] = [torch.nn.parallel.DistributedDataParallel]
-    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    if fsdp is not None:
-        kinds.append(fsdp.FullyShardedDataParallel)
-    wrappers = _instances(kinds)
-    if wrappers:  # some may be garbage
-        del wrappers
+    """Raises if a gradient is added up over the ranks after our hooks."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if any(map(_C.has_reducer, params)):  # perhaps one that is garbage
         gc.collect()
-        wrappers = _instances(kinds)
-    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for wrapper in wrappers:
-        if any(id(param) in ours for param in wrapper.parameters()):
+    for param in params:
+        wrapper = "DistributedDataParallel" if _C.has_reducer(param) else ""
+        if getattr(param, "_fsdp_flattened", False):
+            wrapper = "FullyShardedDataParallel"
+        if wrapper:
             raise RuntimeError(
-                f"step_in_backward() cannot serve the parameters of a {type(wrapper).__name__}: it "
+                f"step_in_backward() cannot serve the parameters of a {wrapper}: it "
                 "adds up gradients over the ranks after hooks on parameters have run, and every "
                 "rank would update from its own alone. Use fully_shard (FSDP2), which reduces "
                 "before, or take ordinary steps"
             )
-
-
-def _instances(kinds: list[type]) -> list[Any]:
-    """All objects of these classes."""
-    # By types alone: isinstance would ask objects for their __class__, which proxies compute.
-    objects = gc.get_objects()
-    wanted = {kind for kind in set(map(type, objects)) if issubclass(kind, tuple(kinds))}
-    return [thing for thing in objects if type(thing) in wanted] if wanted else []

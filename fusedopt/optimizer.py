@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame as _eval_frame
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fusedopt import amp, docstrings
+from fusedopt import distributed, docstrings
 from fusedopt._extension import _C
+from fusedopt.amp import unscale_
 from fusedopt.backends import BACKENDS, Backend, backend_for, check_backend
 from fusedopt.loading import by_param, check_states, check_steps
 from fusedopt.onepass import (
@@ -26,12 +27,9 @@ from fusedopt.onepass import (
     Options,
     arithmetic_dtype,
 )
-from fusedopt.packing import Packed
-from fusedopt.routing import Route, Sorted, Wanted, describe, routes, sort, why_torch
+from fusedopt.packing import NewState, Packed, torch_step
+from fusedopt.routing import Member, Route, Sorted, Wanted, describe, routes, sort, why_torch
 from fusedopt.with_onepass import WithOnePass
-
-if TYPE_CHECKING:
-    from fusedopt.in_backward import InBackward
 
 
 class FusedOptimizer(WithOnePass):
@@ -156,9 +154,11 @@ class FusedOptimizer(WithOnePass):
         self._first_flags: dict[Tensor, Tensor] = {}
         self._reported_torch = False
         self._swapped = False
-        self._in_backward: InBackward | None = None
+        self._in_backward = None
         # None as long as a step is an update and nothing else.
-        self._onepass = OnePass(self._options) if self._options.needed else None
+        self._onepass = None
+        if self._options.needed:
+            self._need_onepass()
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
@@ -175,21 +175,11 @@ class FusedOptimizer(WithOnePass):
                 loss = closure()
         if self._in_backward is not None and self._in_backward.took_step():
             return loss
-        if self._onepass is not None:
+        if self._onepass is None:
+            self._take(_C.Purpose.UPDATE)
+        else:
             self._check_not_swapped()
-            self._onepass.step(self, closure)
-            return loss
-        packed = self._packed
-        if packed is None or packed.refresh() is not None:
-            packed = self._pack(_C.Purpose.UPDATE)
-        try:
-            if packed.rows == 0 or packed.on_device:  # AMP's tensors are read on their device
-                packed.launch()
-            elif not amp.overflowed(self):
-                amp.unscale_(self)
-                packed.launch()
-        finally:
-            packed.undo()
+            self._step_window(closure)
         return loss
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -233,29 +223,178 @@ class FusedOptimizer(WithOnePass):
         ),
     )
 
-    def _pack(self, purpose: Any) -> Packed:
-        self._packed = None  # first: a plan that no longer fits must not survive a failure
-        packed = Packed(self)
-        reason = packed.refresh(purpose)
-        if reason == _C.UNSEEN_GRADIENT:
+    def _take(
+        self,
+        purpose: Any,
+        weight: float | Tensor = 1.0,
+        *,
+        named: Sequence[Tensor] | None = None,
+        follows: bool = False,
+    ) -> bool:
+        """Takes a step, with a new plan where the present one no longer fits.
+
+        Args:
+            purpose: What the gradients are for.
+            weight: That of the gradients in their window.
+            named: The parameters that take part; None for all.
+            follows: The step is a further part of the last one, whose decision it obeys.
+
+        Returns:
+            Whether it took place, as far as the host knows.
+        """
+        own, packed = self.__dict__, self._packed
+        scaled = "grad_scale" in own or "found_inf" in own
+        asks = self._onepass is not None or scaled or named is not None
+        if packed is not None and not asks and not packed.torch_params:
+            outcome = packed.plan.step(self.param_groups, self.state)
+            if outcome is True:
+                return True
+        request = _C.StepRequest(
+            purpose, weight, own.get("grad_scale"), own.get("found_inf"), follows
+        )
+
+        def step(packed: Packed) -> bool | str:
+            in_kernels = self._onepass is not None or packed.on_device
+            unscales = scaled and not in_kernels and packed.rows > 0
+            request.before = None
+            if packed.torch_params or unscales:
+                members = packed.torch_params
+                if named is not None:
+                    ids = {id(param) for param in named}
+                    members = [member for member in members if id(member.param) in ids]
+                request.before = lambda: self._before(members, unscales, packed.rows > 0)
+            return packed.step(self.param_groups, self.state, request, named)
+
+        took_place = self._with_plan(step, named)
+        if not took_place and purpose == _C.Purpose.UPDATE and self._packed is not None:
+            self._packed.undo()
+        return bool(took_place)
+
+    def _before(self, members: Sequence[Member], unscales: bool, unscaled: bool) -> bool:
+        """What a step does on the host between the plan's walk and the kernels' launches.
+
+        Args:
+            members: The parameters that torch steps.
+            unscales: Gradients are unscaled here, unless one was found that is not finite.
+            unscaled: Torch's step has nothing to do with GradScaler.
+
+        Returns:
+            Whether the step takes place.
+        """
+        if unscales:
+            found_inf, grad_scale = (self.__dict__.get(n) for n in ("found_inf", "grad_scale"))
+            if found_inf is not None and found_inf.item() != 0:
+                return False
+            if grad_scale is not None:
+                unscale_((p for g in self.param_groups for p in g["params"]), grad_scale)
+        if members:
+            torch_step(self, self._torch_class, members, amp=not unscaled)
+        return True
+
+    def _with_plan(
+        self, call: Callable[[Packed], bool | str | None], named: Sequence[Tensor] | None = None
+    ) -> bool | None:
+        """What ``call`` makes of the plan; of a new one, if it says why the plan does not fit."""
+        packed = self._packed
+        memory = self._onepass.core if self._onepass is not None else None
+        outcome: bool | str | None = "there is none"
+        if packed is not None and packed.memory is memory:
+            outcome = packed.why_rerouted(self.param_groups, self._backend_of)
+            outcome = outcome or self._call(call, packed)
+        if isinstance(outcome, str):
+            self._packed = None  # first: a plan that no longer fits must not survive a failure
+            packed = self._pack(named)
+            outcome = self._call(call, packed)
+            if outcome == _C.UNSEEN_GRADIENT:
+                packed.undo()
+                raise RuntimeError(
+                    "step() after accumulate() found gradients that accumulate() was not given: "
+                    "call it after every backward(), or zero_grad() if they are not wanted. "
+                    "Nothing was changed"
+                )
+            if isinstance(outcome, str):
+                packed.undo()
+                raise RuntimeError(f"the step cannot be prepared: {outcome}")
+            self._packed = packed
+        return outcome
+
+    @staticmethod
+    def _call(call: Callable[[Packed], bool | str | None], packed: Packed) -> bool | str | None:
+        try:
+            return call(packed)
+        except BaseException:
             packed.undo()
-            raise RuntimeError(
-                "step() after accumulate() found gradients that accumulate() was not given: call "
-                "it after every backward(), or zero_grad() if they are not wanted. Nothing was "
-                "changed"
-            )
-        if reason is not None:
-            packed.undo()
-            raise RuntimeError(f"the step cannot be prepared: {reason}")
-        self._packed = packed
+            raise
+
+    def _prepare(self, purpose: Any, *, keeps_state: bool = False) -> None:
+        """Makes a plan, and the state, that such a step will need; raises where it could not be.
+
+        Unless it ``keeps_state``, that is undone should the step fail.
+        """
+        request = _C.StepRequest(purpose)
+        self._with_plan(lambda packed: packed.why_not(self.param_groups, self.state, request))
+        if keeps_state and self._packed is not None:
+            self._packed.keep()
+
+    def _pack(self, named: Sequence[Tensor] | None) -> Packed:
+        """A new plan, and the state that it needs.
+
+        Raises:
+            ValueError: more was asked for than torch.optim can do for a parameter it must step.
+        """
+        onepass, members = self._onepass, self._sort()
+        for member in members.torch:
+            self._check_torch(member)
+
+        def initial(param: Tensor, name: str) -> Tensor:
+            if onepass is not None and name in ENTRIES:
+                return onepass.initial(param, name)
+            return self._initial_state(param, name)
+
+        new = NewState(
+            self._state_names,
+            onepass.entries() if onepass is not None else [],
+            initial,
+            self._has_step,
+            onepass is not None and onepass.core.options.may_skip,
+        )
+        packed = Packed(
+            self._rule,
+            self.param_groups,
+            self.state,
+            members,
+            new,
+            self._first_flags,
+            self._captured,
+            onepass.core if onepass is not None else None,
+            named,
+        )
+        if not self._reported_torch:
+            total = sum(len(group["params"]) for group in self.param_groups)
+            self._reported_torch = packed.report(type(self).__name__, total)
         return packed
 
-    def _fit(self, purpose: Any) -> Packed:
-        """A plan that is up to date for this purpose."""
-        packed = self._packed
-        if packed is None or packed.refresh(purpose) is not None:
-            packed = self._pack(purpose)
-        return packed
+    def _check_torch(self, member: Member) -> None:
+        """Raises for a parameter that torch.optim must step, and that more was asked for."""
+        group = self.param_groups[member.group]
+        who = f"{describe(group, member.index)} of param group {member.group}"
+        if self._onepass is not None:
+            raise ValueError(
+                f"{', '.join(self._options.asked) or 'accumulate()'} cannot be had for {who}, "
+                f"which torch.optim must step: {member.reason}; leave it out, or give that "
+                "parameter an optimizer of its own"
+            )
+        if self.backend != "auto":
+            raise ValueError(
+                f"backend={self.backend!r} cannot update {who}: {member.reason}; use "
+                "backend='auto', which leaves it to torch.optim"
+            )
+        if self._dtype_of_states(member.param) != member.param.dtype:
+            raise ValueError(
+                f"state_dtype={self.state_dtype} cannot be had for {who}, which torch.optim must "
+                f"step: {member.reason}; leave state_dtype out, or give that parameter an "
+                "optimizer of its own"
+            )
 
     def _state_names(self, group: dict[str, Any]) -> list[str]:
         return _C.state_names(self._rule, group)
@@ -345,13 +484,14 @@ class FusedOptimizer(WithOnePass):
         self._settle()
         state_dict = super().state_dict()
         if self._onepass is not None:
-            self._onepass.complete(self, state_dict["state"])
+            params = (param for group in self.param_groups for param in group["params"])
+            self._onepass.complete(params, state_dict["state"])
         return state_dict
 
     def _settle(self) -> None:
         """Makes the state tell what devices and the window know."""
-        if self._onepass is not None and self._onepass.core.accumulates:
-            self._onepass.settle(self)
+        if self._onepass is not None and self._onepass.core.options.accumulates:
+            self._onepass.settle(self.state, self._first_flags)
         else:
             self._settle_first_flags()
 
@@ -413,8 +553,8 @@ class FusedOptimizer(WithOnePass):
         """Continues the window of micro-batches that the state was saved in."""
         if self._onepass is not None or any(WINDOW in state for state in self.state.values()):
             block = self._onepass.block if self._onepass is not None else None
-            self._onepass = OnePass(self._options)
-            self._onepass.restore(self)
+            self._onepass = OnePass(self._options, distributed.add_up_shards)
+            self._onepass.restore(self.state)
             self._onepass.block = self._onepass.group = block
 
     def __getstate__(self) -> dict[str, Any]:

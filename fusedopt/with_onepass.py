@@ -1,21 +1,19 @@
-"""What users see of a step that is more than an update: windows, findings, averages."""
+"""What a step does beside the update: windows, findings, averages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedopt.onepass import OnePass, Options
-
-if TYPE_CHECKING:
-    from fusedopt.in_backward import InBackward
-    from fusedopt.optimizer import FusedOptimizer
-    from fusedopt.packing import Packed
+from fusedopt import distributed
+from fusedopt._extension import _C
+from fusedopt.framework_checks import check_no_framework_accumulates
+from fusedopt.onepass import ACCUMULATOR, OnePass, Options, check_weight, initializes
 
 
 class WithOnePass(torch.optim.Optimizer):
@@ -23,15 +21,165 @@ class WithOnePass(torch.optim.Optimizer):
 
     _options: Options
     _onepass: OnePass | None  # None as long as a step is an update and nothing else
-    _packed: Packed | None
-    _in_backward: InBackward | None
+    _in_backward: Any  # what `step_in_backward` returned, None as long as steps are ordinary
     _swapped: bool
+
+    def _take(
+        self,
+        purpose: Any,
+        weight: float | Tensor = 1.0,
+        *,
+        named: Sequence[Tensor] | None = None,
+        follows: bool = False,
+    ) -> bool:
+        raise NotImplementedError
+
+    def _prepare(self, purpose: Any, *, keeps_state: bool = False) -> None:
+        raise NotImplementedError
 
     def _need_onepass(self) -> OnePass:
         if self._onepass is None:
-            self._onepass = OnePass(self._options)
-            self._packed = None
+            self._onepass = OnePass(self._options, distributed.add_up_shards)
         return self._onepass
+
+    # ---- Steps of a window -----------------------------------------------------------------------
+
+    def _step_window(self, closure: Callable[[], Any] | None) -> None:
+        """Takes a step, or counts a micro-batch; the closure is that of ``step()``."""
+        onepass = self._need_onepass()
+        steps = self._options.accumulation_steps
+        if (steps > 1) == (onepass.micro_batches == 0):  # once a window, of either kind
+            check_no_framework_accumulates(closure)
+        onepass.left_out_before = None
+        if steps == 1:
+            # Gradients inside of accumulating() are this rank's alone, and never an update's.
+            flushes = onepass.micro_batches or onepass.group is not None
+            self._update(_C.Purpose.FLUSH if flushes else _C.Purpose.UPDATE)
+        elif initializes(self.param_groups, self.state):
+            self._prepare(_C.Purpose.ACCUMULATE)  # creates the state
+        elif not onepass.will_step:
+            self._accumulate(1.0)
+        elif onepass.group is not None:
+            self._accumulate(1.0)
+            left_out = onepass.left_out()
+            self._update(_C.Purpose.FLUSH)
+            onepass.left_out_before, onepass.flushed = left_out, False
+        else:
+            self._update(_C.Purpose.CLOSE)
+
+    def _accumulate(self, weight: float | Tensor) -> None:
+        onepass = self._need_onepass()
+        self._take(_C.Purpose.ACCUMULATE, weight)
+        onepass.flushed = False
+        onepass.count(weight)
+
+    def _update(self, purpose: Any) -> None:
+        onepass = self._need_onepass()
+        if onepass.to_add_up and onepass.group is None:
+            raise RuntimeError(
+                "the window that was loaded has been accumulated inside of accumulating(), and its "
+                "sums are still to be added up over the ranks: finish it inside of accumulating(). "
+                "Nothing was changed"
+            )
+        if onepass.group is not None:
+            self._add_up_window()
+            onepass.group, onepass.to_add_up = None, False
+        elif purpose == _C.Purpose.FLUSH:
+            onepass.check_weights(onepass.micro_batches, weighed=onepass.weighed)
+        self._take(purpose)
+        onepass.flushed = purpose == _C.Purpose.FLUSH
+        if purpose != _C.Purpose.UPDATE:
+            onepass.end_window()
+
+    def _add_up_window(self) -> None:
+        """Adds up the accumulators and weights of the window over the ranks.
+
+        Raises:
+            Exception: a rank cannot step. All of them raise, none is left waiting, and nothing has
+                been changed.
+        """
+        onepass = self._need_onepass()
+        core = onepass.core
+        params = [param for group in self.param_groups for param in group["params"]]
+        failure = None
+        try:
+            self._prepare(_C.Purpose.FLUSH)
+        except Exception as error:  # for the others to hear of
+            failure = error
+        accumulated = [float(p in self.state and core.has_accumulated(p)) for p in params]
+        window = [float(onepass.micro_batches), float(onepass.weighed), core.window_weight]
+        failed, micro_batches, weighed, weight, *accumulated = distributed.add_up_numbers(
+            [float(failure is not None), *window, *accumulated], params[0].device, onepass.group
+        )
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RuntimeError(
+                f"{failed:.0f} of the other ranks cannot step, and say why. Nothing was changed"
+            )
+        onepass.check_weights(micro_batches, weighed=weighed > 0)
+        members = [p for p, ranks in zip(params, accumulated, strict=True) if ranks]
+        new = [p for p in members if ACCUMULATOR not in self.state.get(p, {})]
+        for param in new:  # only other ranks have had gradients of it
+            param.grad = torch.zeros_like(param)
+        if new:
+            self._prepare(_C.Purpose.ACCUMULATE, keeps_state=True)
+        for param in new:
+            param.grad = None
+        sums = [self.state[p][ACCUMULATOR] for p in members]
+        distributed.add_up_tensors(sums, onepass.group, mean=not core.options.mean)
+        for param in members:
+            core.remember(param, True, core.fresh(param))
+        core.window_weight = weight
+
+    # ---- A step in parts, of a backward ----------------------------------------------------------
+
+    def _step_part(
+        self, params: Sequence[Tensor], *, closes: bool, began: bool, last: bool
+    ) -> bool:
+        """Steps these parameters, and frees their gradients.
+
+        Args:
+            params: Those that have a gradient.
+            closes: The micro-batch that they are a part of is a window's last one.
+            began: Other parts of it have come before.
+            last: No other part follows.
+
+        Returns:
+            Whether the step has begun.
+        """
+        self._check_not_swapped()
+        windowed, purpose = self._options.accumulation_steps > 1, _C.Purpose.UPDATE
+        if windowed:
+            purpose = _C.Purpose.CLOSE if closes else _C.Purpose.ACCUMULATE
+        if windowed and closes and last:  # and accumulators that have got no further gradient
+            core, having = self._need_onepass().core, {id(param) for param in params}
+            others = (p for group in self.param_groups for p in group["params"])
+            left = [p for p in others if id(p) not in having and core.has_accumulated(p)]
+            params = [*params, *left]
+        if params:
+            self._take(purpose, named=params, follows=began)
+            for param in params:
+                param.grad = None
+        if windowed and last:
+            self._end_parts(closes=closes, began=began or bool(params))
+        return began or bool(params)
+
+    def _end_parts(self, *, closes: bool, began: bool) -> None:
+        """Counts the micro-batch whose parts have come."""
+        onepass = self._need_onepass()
+        onepass.flushed = False
+        if not began:  # one without gradients counts all the same
+            onepass.core.window_weight = 0.0 if closes else onepass.core.window_weight + 1.0
+        if closes:
+            onepass.end_window()
+        else:
+            onepass.count(1.0)
+
+    def _drop_window(self) -> None:
+        """Ends the window without an update, after a part of a step has failed."""
+        if self._options.accumulation_steps > 1:
+            self._need_onepass().drop_window(self.state)
 
     # ---- Accumulating --------------------------------------------------------------------------
 
@@ -69,7 +217,23 @@ class WithOnePass(torch.optim.Optimizer):
         self._check_not_swapped()
         if self._in_backward is not None:
             self._in_backward.refuse_accumulate()
-        self._need_onepass().accumulate(cast("FusedOptimizer", self), weight)
+        check_weight(weight)
+        if self._options.accumulation_steps > 1:
+            raise RuntimeError(
+                f"accumulate() with accumulation_steps={self._options.accumulation_steps}, with "
+                "which step() itself counts micro-batches; leave accumulation_steps out, or call "
+                "step() alone"
+            )
+        check_no_framework_accumulates()
+        if all(param.grad is None for group in self.param_groups for param in group["params"]):
+            raise RuntimeError(
+                "accumulate() found no gradient: call it once after every backward(), before "
+                "zero_grad(); nothing was counted"
+            )
+        onepass = self._need_onepass()
+        onepass.left_out_before = None
+        onepass.adopt(self._options, accumulates=True)
+        self._accumulate(weight)
 
     @contextmanager
     def _accumulating_over(self, group: Any) -> Iterator[None]:
@@ -85,9 +249,8 @@ class WithOnePass(torch.optim.Optimizer):
                 "the window is one of another process group; models that share an optimizer must "
                 "share their process group, too"
             )
-        if not onepass.core.accumulates:  # a rank without a micro-batch takes part all the same
-            onepass.core.accumulates = True
-            self._packed = None
+        # A rank without a micro-batch takes part all the same.
+        onepass.adopt(self._options, accumulates=True)
         around = onepass.block
         onepass.block = onepass.group = group
         try:
@@ -133,12 +296,7 @@ class WithOnePass(torch.optim.Optimizer):
         self._options = options
         if self._onepass is None and not options.needed:
             return
-        measured = self._need_onepass().core.measures
-        accumulated = self._need_onepass().core.accumulates
         self._need_onepass().adopt(options)
-        core = self._need_onepass().core
-        if (measured, accumulated) != (core.measures, core.accumulates):
-            self._packed = None
 
     # ---- What a step found out -----------------------------------------------------------------
 

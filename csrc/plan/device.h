@@ -13,7 +13,7 @@
 #include "cuda/image.h"
 #include "cuda/launcher.h"
 #include "plan/hyper.h"
-#include "plan/onepass.h"
+#include "plan/memory.h"
 
 namespace fusedopt {
 

@@ -1,4 +1,4 @@
-// What a plan does every step before anything is written: one walk over the Python objects.
+// What a step does before anything is written: one walk over the Python objects.
 //
 // With thousands of small tensors the step's time is this walk, and the walk's time is cache misses:
 // a parameter with two states hangs from some forty cache lines of dicts, tensors and storages. So
@@ -11,8 +11,8 @@
 
 #include <atomic>
 
-#include "plan/plan.h"
 #include "plan/pool.h"
+#include "plan/rows.h"
 #include "plan/tensors.h"
 
 namespace fusedopt {
@@ -49,16 +49,34 @@ inline void prefetch_storage(const c10::TensorImpl& tensor) {
   prefetch<sizeof(c10::StorageImpl)>(tensor.unsafe_storage().unsafeGetStorageImpl());
 }
 
-}  // namespace
+class Walk {
+ public:
+  Walk(PlanRows& plan, Purpose purpose) : plan_(plan), purpose_(purpose) {}
+  const char* run(const py::list& param_groups, const py::dict& state);
 
-inline bool StepPlan::fits(const c10::TensorImpl& tensor, int8_t type, const HostRow& row,
-                           uint32_t strides) const {
-  const Launch& launch = launches_[row.table];
-  if (tensor.key_set() != launch.plain_keys || tensor.dim() != row.ndim) return false;
-  if (tensor.device() != launch.device) return false;
+ private:
+  const char* walk_groups(const py::list& param_groups);
+  const char* find_states(PyObject* state);
+  const char* find_named_states(PyObject* state);
+  const char* open_wrapping(HostRow& host);
+  PyObject* unwrapped_state(const HostRow& host, int role, PyObject* state);
+  const char* walk_rows(const int* begin, const int* end);
+  static bool find_state_tensors(const Schema& schema, PyObject* state, PyObject** objects);
+  const char* walk_row(HostRow& host);
+  bool fits(const c10::TensorImpl& tensor, int8_t type, const HostRow& row, uint32_t strides) const;
+
+  PlanRows& plan_;
+  Purpose purpose_;
+};
+
+inline bool Walk::fits(const c10::TensorImpl& tensor, int8_t type, const HostRow& row,
+                       uint32_t strides) const {
+  const TablePlan& plan = plan_.table_of(row);
+  if (tensor.key_set() != plan.plain_keys || tensor.dim() != row.ndim) return false;
+  if (tensor.device() != plan.device) return false;
   if (static_cast<int8_t>(c10::typeMetaToScalarType(tensor.dtype())) != type) return false;
-  const int64_t* sizes = dims_.data() + row.sizes;
-  const int64_t* wanted = dims_.data() + strides;
+  const int64_t* sizes = plan_.dims.data() + row.sizes;
+  const int64_t* wanted = plan_.dims.data() + strides;
   const int64_t* has_sizes = tensor.sizes().data();
   const int64_t* has_strides = tensor.strides().data();
   for (int d = 0; d < row.ndim; ++d) {
@@ -68,42 +86,40 @@ inline bool StepPlan::fits(const c10::TensorImpl& tensor, int8_t type, const Hos
   return true;
 }
 
-std::optional<std::string> StepPlan::refresh(const py::list& param_groups, const py::dict& state,
-                                             Purpose purpose) {
-  purpose_ = purpose;
-  const char* reason = refresh_groups(param_groups);
-  if (reason == nullptr) reason = refresh_entries(state.ptr());
-  for (Wrapping& wrapping : wrappings_) {
-    if (reason == nullptr) reason = refresh_wrapping(wrapping);
-  }
-  if (reason == nullptr) {
-    std::atomic<const char*> found{nullptr};
-    for_blocks(rows_.size(), [&](size_t begin, size_t end) {
-      const char* here = refresh_rows(begin, end);
-      if (here != nullptr) found = here;
-    });
-    reason = found;
+const char* Walk::run(const py::list& param_groups, const py::dict& state) {
+  const std::vector<int>& rows = plan_.present();
+  const char* reason = walk_groups(param_groups);
+  if (reason == nullptr)
+    reason = plan_.names ? find_named_states(state.ptr()) : find_states(state.ptr());
+  if (!plan_.wrappings.empty()) {
+    for (const int r : rows) {
+      if (reason == nullptr && plan_.rows[r].wrapping >= 0) reason = open_wrapping(plan_.rows[r]);
+    }
   }
   if (reason != nullptr) return reason;
-  assign_slots();
-  return std::nullopt;
+  std::atomic<const char*> found{nullptr};
+  for_blocks(rows.size(), [&](size_t begin, size_t end) {
+    const char* here = walk_rows(rows.data() + begin, rows.data() + end);
+    if (here != nullptr) found = here;
+  });
+  return found;
 }
 
-const char* StepPlan::refresh_groups(const py::list& param_groups) {
-  if (param_groups.size() != groups_.size()) return kGroupsChanged;
-  for (size_t g = 0; g < groups_.size(); ++g) {
-    Group& group = groups_[g];
+const char* Walk::walk_groups(const py::list& param_groups) {
+  if (param_groups.size() != plan_.groups.size()) return kGroupsChanged;
+  for (size_t g = 0; g < plan_.groups.size(); ++g) {
+    Group& group = plan_.groups[g];
     const auto dict = py::reinterpret_borrow<py::dict>(param_groups[g]);
-    PyObject* params = PyDict_GetItemWithError(dict.ptr(), reader_.params_key());
+    PyObject* params = PyDict_GetItemWithError(dict.ptr(), plan_.reader.params_key());
     if (params == nullptr || !PyList_Check(params)) return kGroupsChanged;
     if (PyList_GET_SIZE(params) != Py_ssize_t(group.members.size())) return kGroupsChanged;
     for (size_t m = 0; m < group.members.size(); ++m) {
       if (PyList_GET_ITEM(params, m) != group.members[m]) return kGroupsChanged;
     }
-    if (!group.seen.changed(dict, reader_)) continue;
-    GroupValues values = read_group(group, dict);
+    if (!group.seen.changed(dict, plan_.reader)) continue;
+    GroupValues values = plan_.read_group(group, dict);
     bool same = values.route_flags == group.values.route_flags &&
-                rule_.variant(values.hyper) == group.variant;
+                plan_.rule.variant(values.hyper) == group.variant;
     for (int k = 0; k < kMaxHyper; ++k) {
       same = same && values.live[k].defined() == group.values.live[k].defined();
     }
@@ -111,7 +127,8 @@ const char* StepPlan::refresh_groups(const py::list& param_groups) {
     group.values = std::move(values);
     group.seen.keep();
   }
-  for (PyObject* param : idle_) {
+  if (plan_.names) return nullptr;
+  for (PyObject* param : plan_.idle) {
     if (THPVariable_Unpack(param).unsafeGetTensorImpl()->grad().defined()) {
       return "a parameter received its first gradient";
     }
@@ -119,22 +136,32 @@ const char* StepPlan::refresh_groups(const py::list& param_groups) {
   return nullptr;
 }
 
-const char* StepPlan::refresh_entries(PyObject* state) {
+const char* Walk::find_states(PyObject* state) {
   Py_ssize_t position = 0;
   PyObject* key = nullptr;
   PyObject* value = nullptr;
   size_t entry = 0;
   while (PyDict_Next(state, &position, &key, &value) != 0) {
-    if (entry == entries_.size() || entries_[entry].key != key) return kStateChanged;
-    const int row = entries_[entry++].row;
-    if (row >= 0) state_dicts_[row] = value;
+    if (entry == plan_.entries.size() || plan_.entries[entry].key != key) return kStateChanged;
+    const int row = plan_.entries[entry++].row;
+    if (row >= 0) plan_.state_dicts[row] = value;
   }
-  return entry == entries_.size() ? nullptr : kStateChanged;
+  return entry == plan_.entries.size() ? nullptr : kStateChanged;
+}
+
+// The same for a few rows, without a look at the others.
+const char* Walk::find_named_states(PyObject* state) {
+  for (const int r : plan_.named) {
+    if (plan_.rows[r].schema < 0) continue;
+    plan_.state_dicts[r] = PyDict_GetItemWithError(state, plan_.rows[r].param.ptr());
+    if (plan_.state_dicts[r] == nullptr) return kStateChanged;
+  }
+  return nullptr;
 }
 
 // Opens a DTensor parameter and its gradient, which may come with a new spec from every backward.
-const char* StepPlan::refresh_wrapping(Wrapping& wrapping) {
-  HostRow& host = rows_[wrapping.row];
+const char* Walk::open_wrapping(HostRow& host) {
+  Wrapping& wrapping = plan_.wrappings[host.wrapping];
   const Local param = local_of(host.param.ptr());
   if (param.spec == nullptr || param.spec != wrapping.param_spec.ptr()) {
     return "a parameter is distributed over the ranks in another way";
@@ -158,39 +185,40 @@ const char* StepPlan::refresh_wrapping(Wrapping& wrapping) {
 }
 
 // The local tensor of a DTensor row's state, null if it is another tensor than the plan was built for.
-PyObject* StepPlan::unwrapped_state(const HostRow& host, int role, PyObject* state) {
-  Wrapping& wrapping = wrappings_[host.wrapping];
+PyObject* Walk::unwrapped_state(const HostRow& host, int role, PyObject* state) {
+  Wrapping& wrapping = plan_.wrappings[host.wrapping];
   const Local local = local_of(state);
   if (local.spec == nullptr || local.spec != wrapping.state_specs[role].ptr()) return nullptr;
   wrapping.states[role] = THPVariable_Unpack(state).unsafeGetTensorImpl();
   return local.tensor;
 }
 
-const char* StepPlan::refresh_rows(size_t begin, size_t end) {
-  for (size_t r = begin; r < end; ++r) {
-    prefetch<1>(rows_[r].param.ptr());
-    if (state_dicts_[r] != nullptr) prefetch<sizeof(PyDictObject)>(state_dicts_[r]);
+const char* Walk::walk_rows(const int* begin, const int* end) {
+  for (const int* at = begin; at != end; ++at) {
+    prefetch<1>(plan_.rows[*at].param.ptr());
+    if (plan_.state_dicts[*at] != nullptr) prefetch<sizeof(PyDictObject)>(plan_.state_dicts[*at]);
   }
-  for (size_t r = begin; r < end; ++r) {
-    if (state_dicts_[r] == nullptr) continue;
-    if (!PyDict_Check(state_dicts_[r])) return kStateChanged;
-    prefetch<128>(reinterpret_cast<PyDictObject*>(state_dicts_[r])->ma_keys);
+  for (const int* at = begin; at != end; ++at) {
+    if (plan_.state_dicts[*at] == nullptr) continue;
+    if (!PyDict_Check(plan_.state_dicts[*at])) return kStateChanged;
+    prefetch<128>(reinterpret_cast<PyDictObject*>(plan_.state_dicts[*at])->ma_keys);
   }
   PyObject* objects[kRowBlock][kRoles];
-  for (size_t r = begin; r < end; ++r) {
-    HostRow& host = rows_[r];
+  for (const int* at = begin; at != end; ++at) {
+    HostRow& host = plan_.rows[*at];
     if (host.wrapping < 0) host.impl = THPVariable_Unpack(host.param.ptr()).unsafeGetTensorImpl();
     prefetch_tensor(host.impl);
-    if (state_dicts_[r] == nullptr) continue;
-    if (!find_state_tensors(schemas_[host.schema], state_dicts_[r], objects[r - begin])) {
+    if (plan_.state_dicts[*at] == nullptr) continue;
+    if (!find_state_tensors(plan_.schemas[host.schema], plan_.state_dicts[*at],
+                            objects[at - begin])) {
       return kStateChanged;
     }
   }
-  for (size_t r = begin; r < end; ++r) {
-    HostRow& host = rows_[r];
+  for (const int* at = begin; at != end; ++at) {
+    HostRow& host = plan_.rows[*at];
     for (int k = 0; k < kRoles; ++k) {
       if (!host.has(k)) continue;
-      PyObject* object = objects[r - begin][k];
+      PyObject* object = objects[at - begin][k];
       if (host.wrapping >= 0 && k != kStep) object = unwrapped_state(host, k, object);
       if (object == nullptr || !THPVariable_CheckExact(object)) {
         return "a state is another kind of tensor";
@@ -200,8 +228,8 @@ const char* StepPlan::refresh_rows(size_t begin, size_t end) {
     }
     if (host.impl->autograd_meta() != nullptr) prefetch<128>(host.impl->autograd_meta());
   }
-  for (size_t r = begin; r < end; ++r) {
-    HostRow& host = rows_[r];
+  for (const int* at = begin; at != end; ++at) {
+    HostRow& host = plan_.rows[*at];
     prefetch_storage(*host.impl);
     for (int k = 0; k < kRoles; ++k) {
       if (host.has(k)) prefetch_storage(*host.states[k]);
@@ -212,17 +240,17 @@ const char* StepPlan::refresh_rows(size_t begin, size_t end) {
     }
     if (host.grad != nullptr) prefetch_tensor(host.grad);
   }
-  for (size_t r = begin; r < end; ++r) {
-    if (rows_[r].grad != nullptr) prefetch_storage(*rows_[r].grad);
+  for (const int* at = begin; at != end; ++at) {
+    if (plan_.rows[*at].grad != nullptr) prefetch_storage(*plan_.rows[*at].grad);
   }
-  for (size_t r = begin; r < end; ++r) {
-    const char* reason = refresh_row(rows_[r]);
+  for (const int* at = begin; at != end; ++at) {
+    const char* reason = walk_row(plan_.rows[*at]);
     if (reason != nullptr) return reason;
   }
   return nullptr;
 }
 
-bool StepPlan::find_state_tensors(const Schema& schema, PyObject* state, PyObject** objects) {
+bool Walk::find_state_tensors(const Schema& schema, PyObject* state, PyObject** objects) {
   Py_ssize_t position = 0;
   PyObject* name = nullptr;
   PyObject* object = nullptr;
@@ -237,9 +265,9 @@ bool StepPlan::find_state_tensors(const Schema& schema, PyObject* state, PyObjec
   return k == schema.size();
 }
 
-const char* StepPlan::refresh_row(HostRow& host) {
-  Row& row = launches_[host.table].table.rows[host.row];
-  const bool takes_window = closes(purpose_) && host.member->taken;
+const char* Walk::walk_row(HostRow& host) {
+  Row& row = plan_.row_of(host);
+  const bool takes_window = closes(purpose_) && host.member->has_accumulated;
   if (purpose_ == Purpose::kFlush && host.grad != nullptr) {
     const bool seen = host.grad == host.member->zeroed &&
                       host.grad->version_counter().current_version() == host.member->zeroed_version;
@@ -272,16 +300,16 @@ const char* StepPlan::refresh_row(HostRow& host) {
     if (host.grad != nullptr) row.grad = address(*host.grad);
     if (row.param == nullptr) return "a parameter's storage is empty";
     if (row.param == row.grad) return "a gradient is its parameter's own memory";
-    if (host.grad != nullptr && onepass_ != nullptr && onepass_->zero_grads) {
+    if (host.grad != nullptr && plan_.zeroes_grads()) {
       copy_on_write = copy_on_write || is_copy_on_write(*host.grad);
     }
   }
   if (host.has(kStep)) {
     const c10::TensorImpl& step = *host.states[kStep];
     const auto type = c10::typeMetaToScalarType(step.dtype());
-    const Launch& launch = launches_[host.table];
-    if (step.key_set() != (host.step_on_device ? launch.plain_keys : host_keys_) ||
-        (host.step_on_device && step.device() != launch.device) || step.numel() != 1 ||
+    const TablePlan& plan = plan_.table_of(host);
+    if (step.key_set() != (host.step_on_device ? plan.plain_keys : plan_.host_keys) ||
+        (host.step_on_device && step.device() != plan.device) || step.numel() != 1 ||
         (type != at::kFloat && type != at::kDouble)) {
       return "a step count has another dtype or device";
     }
@@ -297,61 +325,25 @@ const char* StepPlan::refresh_row(HostRow& host) {
   return nullptr;
 }
 
-void StepPlan::materialize(HostRow& host) {
-  Row& row = launches_[host.table].table.rows[host.row];
-  row.param = host.impl->mutable_data();
-  if (host.grad != nullptr) {  // it may have shared the parameter's memory until now
-    const bool writes = onepass_ != nullptr && onepass_->zero_grads;
-    row.grad = writes ? host.grad->mutable_data() : const_cast<void*>(host.grad->data());
+}  // namespace
+
+void PlanRows::select(const std::optional<std::vector<int>>& selected) {
+  if (selected) {  // whoever took part in the last step must not do so in this one unless named
+    for (const int r : present()) {
+      HostRow& host = rows[r];
+      host.active = false;
+      Row& row = row_of(host);
+      row.grad = row.state[kAccumulator] = nullptr;
+    }
+    named = *selected;
   }
-  for (int k = 0; k < kMaxRowStates; ++k) {
-    if (row.state[k] != nullptr) row.state[k] = host.states[k]->mutable_data();
-  }
-  if (host.has(kStep)) host.step_at = host.states[kStep]->mutable_data();
+  names = selected.has_value();
 }
 
-void StepPlan::assign_slots() {
-  for (Launch& launch : launches_) {
-    launch.renamed.assign(launch.slot_keys.size(), -1);
-    launch.slot_keys.clear();
-    launch.next_of_group.clear();
-    launch.last_of_group.assign(groups_.size(), -1);
-    launch.table.slots.clear();
-  }
-  for (HostRow& host : rows_) {
-    if (!host.active) continue;
-    if (host.copy_on_write) materialize(host);
-    Launch& launch = launches_[host.table];
-    if (launch.has_device_scalars()) continue;
-    Row& row = launch.table.rows[host.row];
-    row.slot = slot_for(launch, host, row.slot);
-  }
-}
-
-int StepPlan::slot_for(Launch& launch, const HostRow& host, int previous) {
-  const SlotKey key{host.group, host.step, host.fresh};
-  std::vector<SlotKey>& keys = launch.slot_keys;
-  // Rows that shared a slot in the last step nearly always share one again.
-  const bool known = previous < int(launch.renamed.size());
-  if (known) {
-    const int slot = launch.renamed[previous];
-    if (slot >= 0 && keys[slot] == key) return slot;
-  }
-  int slot = launch.last_of_group[host.group];
-  while (slot >= 0 && !(keys[slot] == key)) slot = launch.next_of_group[slot];
-  if (slot < 0) {
-    slot = static_cast<int>(keys.size());
-    keys.push_back(key);
-    launch.next_of_group.push_back(launch.last_of_group[host.group]);
-    launch.last_of_group[host.group] = slot;
-    Table& table = launch.table;
-    table.slots.resize(keys.size() * table.slot_size);
-    const GroupValues& values = groups_[host.group].values;
-    rule_.write_slot(table.storage.param, values.hyper, key.step, key.first,
-                     values.maximize ? -1.0 : 1.0, table.slots.data() + slot * table.slot_size);
-  }
-  if (known && launch.renamed[previous] < 0) launch.renamed[previous] = slot;
-  return slot;
+const char* walk(PlanRows& plan, const py::list& param_groups, const py::dict& state,
+                 Purpose purpose) {
+  if (plan.has_other_options()) return "the optimizer's options changed";
+  return Walk(plan, purpose).run(param_groups, state);
 }
 
 }  // namespace fusedopt

@@ -1,4 +1,4 @@
-#include "plan/onepass.h"
+#include "plan/memory.h"
 
 #include <ATen/ops/empty.h>
 
@@ -25,18 +25,22 @@ Verdict read(const at::Tensor& from) {
 
 }  // namespace
 
-at::Tensor OnePass::verdict(c10::Device device) {
+at::Tensor StepMemory::verdict(c10::Device device) {
   for (const auto& [known, tensor] : verdicts_) {
     if (known == device) return tensor;
   }
   Verdict first;
-  if (averages()) {
-    first.ema_decay64 = ema_decay;
-    first.ema_rest64 = 1.0 - ema_decay;
-    first.ema_decay32 = static_cast<float>(first.ema_decay64);
-    first.ema_rest32 = static_cast<float>(first.ema_rest64);
+  if (!verdicts_.empty()) {
+    first = read(verdicts_.front().second);
+  } else {
+    if (options.averages()) {
+      first.ema_decay64 = options.ema_decay;
+      first.ema_rest64 = 1.0 - options.ema_decay;
+      first.ema_decay32 = static_cast<float>(first.ema_decay64);
+      first.ema_rest32 = static_cast<float>(first.ema_rest64);
+    }
+    first.weight = first_weight_;
   }
-  first.weight = window_weight();
   at::Tensor made = at::empty({static_cast<int64_t>(sizeof(Verdict))},
                               at::TensorOptions(at::kByte).device(device));
   write(first, made);
@@ -44,12 +48,11 @@ at::Tensor OnePass::verdict(c10::Device device) {
   return made;
 }
 
-double OnePass::window_weight() const {
-  if (verdicts_.empty()) return first_weight_;
-  return read(verdicts_.front().second).weight;
+double StepMemory::window_weight() const {
+  return verdicts_.empty() ? first_weight_ : read(verdicts_.front().second).weight;
 }
 
-void OnePass::reset_window(double weight) {
+void StepMemory::set_window_weight(double weight) {
   first_weight_ = weight;
   for (const auto& [device, tensor] : verdicts_) {
     Verdict verdict = read(tensor);

@@ -1,5 +1,5 @@
-// What an optimizer asks of its steps beside the update, and what it remembers from one to the next.
-// It outlives plans.
+// What an optimizer asks of its steps beside the update, and what its steps remember from one to the
+// next. Outlives plans.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,20 +19,7 @@ namespace py = pybind11;
 constexpr const char* kAccumulatorName = "accumulated_grad";
 constexpr const char* kAverageName = "ema";
 
-// What a plan says of a flush that meets a gradient which is in no accumulator.
-constexpr const char* kUnseenGradient = "a gradient was not accumulated";
-
-class OnePass {
- public:
-  // What is remembered of a parameter.
-  struct Member {
-    bool taken = false;  // its accumulator has gradients of the present window
-    bool fresh = false;  // its state was created and no step has taken place since
-    // The gradient that an accumulation left at zero, and its version then.
-    const void* zeroed = nullptr;
-    uint32_t zeroed_version = 0;
-  };
-
+struct StepOptions {
   double max_norm = -1.0;   // negative: gradients are not clipped
   bool measures = false;    // somebody may ask for the norm
   bool check = false;       // gradients that are not finite are left out
@@ -44,31 +31,47 @@ class OnePass {
   bool averages() const { return ema_decay >= 0.0; }
   // Whether a device may decide that a step does not take place, so that only it can count steps.
   bool may_skip() const { return check || accumulates; }
+};
+
+class StepMemory {
+ public:
+  // What is remembered of a parameter.
+  struct Member {
+    bool has_accumulated = false;  // its accumulator has gradients of the present window
+    bool fresh = false;            // its state was created and no step has taken place since
+    // The gradient that an accumulation left at zero, and its version then.
+    const void* zeroed = nullptr;
+    uint32_t zeroed_version = 0;
+  };
+
+  // `reduce` is called with the specs of DTensors and with as many rows of sums, which it adds up
+  // over the ranks.
+  explicit StepMemory(py::object reduce) : reduce(std::move(reduce)) {}
+
+  StepOptions options;
+  py::object reduce;
 
   // The reference stays valid.
   Member& member(PyObject* param) { return members_[param]; }
-  std::unordered_map<PyObject*, Member>& members() { return members_; }
+  void forget() { members_.clear(); }
+  // The accumulators of all parameters have been used up.
+  void end_window() {
+    for (auto& [param, member] : members_) member.has_accumulated = false;
+  }
 
-  // The memory of a device's Verdict, created with what is constant in it.
+  // The memory of a device's Verdict, created with what is constant in it and with what the other
+  // devices have decided.
   at::Tensor verdict(c10::Device device);
   const std::vector<std::pair<c10::Device, at::Tensor>>& verdicts() const { return verdicts_; }
 
-  // Makes the window one of this weight, whatever was in it; adds to its weight.
-  void reset_window(double weight);
-  void add_weight(double weight) { reset_window(window_weight() + weight); }
-  // Waits for the device.
+  // The weight of the micro-batches in the accumulators; reading it waits for the device.
   double window_weight() const;
+  void set_window_weight(double weight);
 
  private:
   std::unordered_map<PyObject*, Member> members_;
   std::vector<std::pair<c10::Device, at::Tensor>> verdicts_;
-  double first_weight_ = 0.0;  // of the window, as long as there is no verdict
-};
-
-// What a step hands over besides: numbers of GradScaler and of this micro-batch.
-struct Micro {
-  double weight = 1.0;
-  at::Tensor live_weight;  // instead of it; may be undefined
+  double first_weight_ = 0.0;  // of the window, until there is a verdict
 };
 
 }  // namespace fusedopt

@@ -1,0 +1,336 @@
+// Building a plan: which table a parameter's row is in, and what is remembered to recognise its tensors.
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <unordered_map>
+
+#include "plan/plan.h"
+#include "plan/tensors.h"
+
+namespace fusedopt {
+
+namespace {
+
+class Builder {
+ public:
+  Builder(PlanRows& plan, const py::dict& state, const py::dict& launchers)
+      : plan_(plan), options_(plan.options), state_(state), launchers_(launchers) {}
+
+  void add_groups(const py::list& param_groups, const py::list& rows);
+  void add_row(int group, const py::object& param, HostRow host);
+  std::vector<NormDomain> norm_domains();
+
+ private:
+  cuda::Launcher* launcher_for(c10::Device device) const;
+  int schema_for(const py::dict& state, const StateNames& names);
+  int table_for(StorageTuple storage, int variant, c10::Device device, cuda::Scalars scalars);
+  uint32_t remember(c10::IntArrayRef dims);
+
+  PlanRows& plan_;
+  const StepOptions& options_;
+  const py::dict& state_;
+  const py::dict& launchers_;
+};
+
+cuda::Launcher* Builder::launcher_for(c10::Device device) const {
+  const std::string type = c10::DeviceTypeName(device.type(), /*lower_case=*/true);
+  if (!launchers_.contains(type.c_str())) return nullptr;
+  return launchers_[type.c_str()].cast<py::capsule>().get_pointer<cuda::Launcher>();
+}
+
+void Builder::add_groups(const py::list& param_groups, const py::list& rows) {
+  for (const py::handle group : param_groups) {
+    Group& info = plan_.groups.emplace_back();
+    for (const py::handle member : group["params"]) info.members.push_back(member.ptr());
+  }
+  for (const py::handle row : rows) {
+    const auto tuple = py::reinterpret_borrow<py::tuple>(row);
+    Group& group = plan_.groups[tuple[0].cast<int>()];
+    const c10::Device device = THPVariable_Unpack(py::object(tuple[1]).ptr()).device();
+    if (launcher_for(device) == nullptr) {
+      group.on_host = true;
+    } else {
+      group.live = device.is_cpu() ? LiveTensors::kAll : LiveTensors::kOffHost;
+    }
+  }
+  for (size_t g = 0; g < plan_.groups.size(); ++g) {
+    Group& group = plan_.groups[g];
+    group.values = plan_.read_group(group, py::reinterpret_borrow<py::dict>(param_groups[g]));
+    group.variant = plan_.rule.variant(group.values.hyper);
+  }
+}
+
+void Builder::add_row(int group, const py::object& param, HostRow host) {
+  const Local local = local_of(param.ptr());
+  const at::Tensor& tensor = THPVariable_Unpack(local.tensor);
+  const py::object grad_or_none = param.attr("grad");
+  const Local local_grad = grad_or_none.is_none() ? local : local_of(grad_or_none.ptr());
+  const at::Tensor& grad = THPVariable_Unpack(local_grad.tensor);
+  Wrapping wrapping{static_cast<int>(plan_.rows.size())};
+  const StateNames names = plan_.rule.states(plan_.groups[group].variant);
+  std::vector<at::Tensor> arrays = {tensor, grad};
+  const GroupValues& values = plan_.groups[group].values;
+  // Where a device's memory is the host's, the flags say whose count it is, as torch has it.
+  const bool counts_there =
+      (values.route_flags & (kCapturable | kFused)) != 0 || options_.may_skip();
+  bool device_scalars = counts_there;
+  for (const at::Tensor& live : values.live) device_scalars = device_scalars || live.defined();
+  const bool accumulates = options_.accumulates;
+  const bool averages = options_.averages();
+  arrays.resize(kMaxArrays);
+  if (names.count > 0 || plan_.rule.has_step || accumulates || averages) {
+    const auto entry = py::reinterpret_borrow<py::dict>(state_[param]);
+    const auto add_state = [&](int role, const char* name) {
+      const Local local_state = local_of(py::object(entry[name]).ptr());
+      const at::Tensor& here = THPVariable_Unpack(local_state.tensor);
+      arrays[2 + role] = here;
+      wrapping.state_specs[role] = py::reinterpret_borrow<py::object>(local_state.spec);
+      host.state_types[role] = static_cast<int8_t>(here.scalar_type());
+      host.roles |= 1u << role;
+    };
+    for (int k = 0; k < names.count; ++k) add_state(k, names.names[k]);
+    if (accumulates) add_state(kAccumulator, kAccumulatorName);
+    if (averages) add_state(kAverage, kAverageName);
+    host.schema = schema_for(entry, names);
+    if (plan_.rule.has_step) {
+      host.roles |= 1u << kStep;
+      const at::Tensor& step = THPVariable_Unpack(py::object(entry["step"]).ptr());
+      host.step_on_device = launcher_for(tensor.device()) != nullptr &&
+                            step.device() == tensor.device() && (!step.is_cpu() || counts_there);
+      device_scalars = device_scalars || host.step_on_device;
+    }
+  }
+  const at::Tensor& first_state = names.count > 0 ? arrays[2] : tensor;
+  const StorageTuple storage{*storage_dtype(tensor), *storage_dtype(grad),
+                             *storage_dtype(first_state)};
+  if (storage_index(storage) < 0) {
+    throw std::invalid_argument("no kernel is built for this combination of dtypes");
+  }
+
+  host.param = param;
+  host.group = group;
+  host.table = table_for(storage, plan_.groups[group].variant, tensor.device(),
+                         device_scalars ? cuda::Scalars::kDevice : cuda::Scalars::kHost);
+  host.ndim = static_cast<uint8_t>(tensor.dim());
+  host.param_type = static_cast<int8_t>(tensor.scalar_type());
+  host.grad_type = static_cast<int8_t>(grad.scalar_type());
+  host.sizes = remember(tensor.sizes());
+  host.param_strides = remember(tensor.strides());
+  const auto strides_of = [&](const at::Tensor& array) {
+    return array.strides() == tensor.strides() ? host.param_strides : remember(array.strides());
+  };
+  host.grad_strides = strides_of(grad);
+  for (int k = 0; k < kMaxRowStates; ++k) {
+    if (host.has(k)) host.state_strides[k] = strides_of(arrays[2 + k]);
+  }
+  if (plan_.memory != nullptr) {
+    host.member = &plan_.memory->member(param.ptr());
+    host.member->fresh = host.fresh = host.fresh || host.member->fresh;
+  }
+
+  Table& table = plan_.tables[host.table].table;
+  host.row = static_cast<int>(table.rows.size());
+  Row& row = table.rows.emplace_back();
+  if (plan_.tables[host.table].has_device_scalars()) row.slot = host.row;
+  row.numel = tensor.numel() * components(tensor);
+  if (auto layout = strided_layout(arrays)) {
+    row.layout = static_cast<int32_t>(table.layouts.size());
+    table.layouts.push_back(std::move(*layout));
+  }
+  if (local.spec != nullptr) {
+    wrapping.param_spec = py::reinterpret_borrow<py::object>(local.spec);
+    wrapping.grad_spec = py::reinterpret_borrow<py::object>(local_grad.spec);
+    host.wrapping = static_cast<int>(plan_.wrappings.size());
+    plan_.wrappings.push_back(std::move(wrapping));
+  }
+  plan_.rows.push_back(std::move(host));
+}
+
+int Builder::table_for(StorageTuple storage, int variant, c10::Device device,
+                       cuda::Scalars scalars) {
+  cuda::Launcher* launcher = launcher_for(device);
+  const bool device_scalars = launcher != nullptr && scalars == cuda::Scalars::kDevice;
+  for (size_t i = 0; i < plan_.tables.size(); ++i) {
+    const TablePlan& known = plan_.tables[i];
+    if (known.variant == variant && known.table.storage == storage && known.device == device &&
+        known.has_device_scalars() == device_scalars) {
+      return static_cast<int>(i);
+    }
+  }
+  TablePlan& plan = plan_.tables.emplace_back(variant, device, plain_keys(device.type()));
+  if (launcher != nullptr) {
+    plan.on_device = std::make_unique<TableOnDevice>(*launcher, device, plan_.rule, variant,
+                                                     storage, scalars, plan_.groups.size());
+  }
+  plan.table.storage = storage;
+  plan.table.states = plan_.rule.states(variant).count;
+  plan.table.accumulates = options_.accumulates;
+  plan.table.averages = options_.averages();
+  plan.table.slot_size = plan_.rule.slot_size(storage.param);
+  return static_cast<int>(plan_.tables.size()) - 1;
+}
+
+int Builder::schema_for(const py::dict& state, const StateNames& names) {
+  Schema schema;
+  for (const auto& [key, value] : state) {
+    const auto name = py::reinterpret_borrow<py::object>(key);
+    int role = kIgnored;
+    if (plan_.rule.has_step && name.equal(py::str("step"))) role = kStep;
+    for (int k = 0; k < names.count; ++k) {
+      if (name.equal(py::str(names.names[k]))) role = k;
+    }
+    if (options_.accumulates && name.equal(py::str(kAccumulatorName))) {
+      role = kAccumulator;
+    }
+    if (options_.averages() && name.equal(py::str(kAverageName))) {
+      role = kAverage;
+    }
+    schema.push_back({name, role});
+  }
+  for (size_t s = 0; s < plan_.schemas.size(); ++s) {
+    bool same = plan_.schemas[s].size() == schema.size();
+    for (size_t k = 0; same && k < schema.size(); ++k) {
+      same =
+          plan_.schemas[s][k].role == schema[k].role && plan_.schemas[s][k].name.is(schema[k].name);
+    }
+    if (same) return static_cast<int>(s);
+  }
+  plan_.schemas.push_back(std::move(schema));
+  return static_cast<int>(plan_.schemas.size()) - 1;
+}
+
+uint32_t Builder::remember(c10::IntArrayRef dims) {
+  const auto at = static_cast<uint32_t>(plan_.dims.size());
+  plan_.dims.insert(plan_.dims.end(), dims.begin(), dims.end());
+  return at;
+}
+
+// Where the sums of the rows' norms go: on each device, rows of one spec come together.
+std::vector<NormDomain> Builder::norm_domains() {
+  std::vector<NormDomain> domains;
+  for (HostRow& host : plan_.rows) {
+    const TablePlan& plan = plan_.table_of(host);
+    auto domain = std::find_if(domains.begin(), domains.end(), [&](const NormDomain& known) {
+      return known.device == plan.device;
+    });
+    if (domain == domains.end()) {
+      domain = domains.insert(domain, {plan.device, launcher_for(plan.device), plan.table.storage});
+    }
+    std::vector<py::object>& specs = domain->specs;
+    PyObject* spec = host.wrapping < 0 ? nullptr : plan_.wrappings[host.wrapping].param_spec.ptr();
+    const auto found = std::find_if(specs.begin(), specs.end(), [&](const py::object& known) {
+      return same_placement(known.ptr(), spec);
+    });
+    host.segment = static_cast<int>(found - specs.begin());
+    if (found == specs.end()) specs.push_back(py::reinterpret_borrow<py::object>(spec));
+  }
+  for (NormDomain& domain : domains) {
+    int64_t blocks = 0;
+    for (size_t segment = 0; segment < domain.specs.size(); ++segment) {
+      for (const HostRow& host : plan_.rows) {
+        if (plan_.table_of(host).device != domain.device) continue;
+        if (host.segment != static_cast<int>(segment)) continue;
+        Row& row = plan_.row_of(host);
+        row.norm_block = blocks;
+        blocks += norm_blocks(row.numel);
+      }
+      domain.ends.push_back(blocks);
+    }
+    if (options_.measures || options_.check) {
+      const auto bytes = blocks * static_cast<int64_t>(sizeof(NormSums));
+      domain.blocks = at::zeros({bytes}, at::TensorOptions(at::kByte).device(domain.device));
+    }
+  }
+  return domains;
+}
+
+}  // namespace
+
+PlanRows::PlanRows(const RuleInfo& rule, std::shared_ptr<StepMemory> memory)
+    : rule(rule), reader(rule), memory(std::move(memory)), host_keys(plain_keys(at::kCPU)) {
+  if (this->memory != nullptr) options = this->memory->options;
+}
+
+bool PlanRows::has_other_options() const {
+  if (memory == nullptr) return false;
+  const StepOptions& now = memory->options;
+  return now.measures != options.measures || now.check != options.check ||
+         now.accumulates != options.accumulates || now.averages() != options.averages();
+}
+
+GroupValues PlanRows::read_group(const Group& group, const py::dict& dict) const {
+  GroupValues values = reader.read(dict, group.live);
+  if (group.on_host) {  // rows on both sides: the host needs the numbers too, and waits for them
+    for (int k = 0; k < kMaxHyper; ++k) {
+      if (values.live[k].defined()) values.hyper.values[k] = values.live[k].item().toDouble();
+    }
+  }
+  return values;
+}
+
+StepPlan::StepPlan(const std::string& rule, const py::list& param_groups, const py::dict& state,
+                   const py::list& rows, const py::list& idle, const py::dict& launchers,
+                   std::shared_ptr<CapturedTables> captured, std::shared_ptr<StepMemory> memory)
+    : rows_(find_rule(rule), std::move(memory)), captured_(std::move(captured)) {
+  Builder builder(rows_, state, launchers);
+  builder.add_groups(param_groups, rows);
+  for (const py::handle param : idle) rows_.idle.push_back(param.ptr());
+  rows_.rows.reserve(rows.size());
+  for (const py::handle row : rows) {
+    const auto tuple = py::reinterpret_borrow<py::tuple>(row);
+    HostRow host;
+    host.fresh = tuple[2].cast<bool>();
+    if (!tuple[3].is_none()) host.first = THPVariable_Unpack(py::object(tuple[3]).ptr());
+    builder.add_row(tuple[0].cast<int>(), tuple[1], std::move(host));
+  }
+  for (TablePlan& plan : rows_.tables) {
+    if (plan.on_device == nullptr) {
+      plan.table.cut(kCpuChunkElements);
+    } else {
+      has_devices_ = true;
+    }
+  }
+  if (rows_.memory != nullptr) domains_ = builder.norm_domains();
+  rows_.state_dicts.resize(rows_.rows.size());
+  // The order in which a walk will meet the rows in the state.
+  std::unordered_map<PyObject*, int> row_of;
+  for (size_t r = 0; r < rows_.rows.size(); ++r) {
+    rows_.all.push_back(static_cast<int>(r));
+    row_of.emplace(rows_.rows[r].param.ptr(), static_cast<int>(r));
+  }
+  for (const auto& [key, value] : state) {
+    const auto found = row_of.find(key.ptr());
+    const bool has_schema = found != row_of.end() && rows_.rows[found->second].schema >= 0;
+    rows_.entries.push_back({key.ptr(), has_schema ? found->second : -1});
+  }
+}
+
+bool StepPlan::on_device() const {
+  return std::all_of(rows_.tables.begin(), rows_.tables.end(),
+                     [](const TablePlan& plan) { return plan.has_device_scalars(); });
+}
+
+py::list StepPlan::describe() const {
+  py::list tables;
+  for (const TablePlan& plan : rows_.tables) {
+    const Table& table = plan.table;
+    py::dict entry;
+    entry["device"] = plan.device.str();
+    entry["storage"] =
+        py::make_tuple(dtype_name(table.storage.param), dtype_name(table.storage.grad),
+                       dtype_name(table.storage.state));
+    entry["variant"] = plan.variant;
+    entry["rows"] = table.rows.size();
+    entry["strided_rows"] = table.layouts.size();
+    entry["chunks"] = plan.on_device != nullptr ? plan.on_device->chunks()
+                                                : static_cast<int64_t>(table.chunks.size());
+    entry["slots"] = plan.has_device_scalars() ? table.rows.size() : plan.slot_keys.size();
+    entry["device_scalars"] = plan.has_device_scalars();
+    tables.append(entry);
+  }
+  return tables;
+}
+
+}  // namespace fusedopt

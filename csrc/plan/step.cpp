@@ -1,0 +1,460 @@
+// A step: the walk, the decision, the launches, and what they leave behind on the host.
+#include <ATen/ops/cat.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cpu/driver.h"
+#include "plan/plan.h"
+#include "plan/pool.h"
+
+namespace fusedopt {
+
+namespace {
+
+Verdict* verdict_at(const at::Tensor& memory) { return static_cast<Verdict*>(memory.data_ptr()); }
+
+NormSums* sums_at(const at::Tensor& memory) { return static_cast<NormSums*>(memory.data_ptr()); }
+
+}  // namespace
+
+std::optional<std::string> StepPlan::why_not(const py::list& param_groups, const py::dict& state,
+                                             const StepRequest& request) {
+  rows_.select(request.rows);
+  const char* reason = walk(rows_, param_groups, state, request.purpose);
+  if (reason == nullptr) return std::nullopt;
+  return reason;
+}
+
+std::variant<bool, std::string> StepPlan::step(const py::list& param_groups, const py::dict& state,
+                                               const StepRequest& request) {
+  if (auto reason = why_not(param_groups, state, request)) return *reason;
+  if (request.before && !(*request.before)().cast<bool>()) return false;
+  return launch(request);
+}
+
+bool StepPlan::launch(const StepRequest& request) {
+  if (rows_.present().empty()) return end_without_rows(request);
+  StepMemory* memory = rows_.memory.get();
+  const bool accumulates = request.purpose == Purpose::kAccumulate;
+  settle_rows();
+  std::vector<DeviceLaunch> devices = ready(request.purpose);
+
+  // Kernels on devices read these until they have run.
+  std::vector<at::Tensor> kept;
+  std::vector<Question> questions;
+  for (const NormDomain& domain : domains_) {
+    questions.push_back(question_for(domain, request, kept));
+    kept.push_back(memory->verdict(domain.device));
+    kept.push_back(domain.blocks);
+  }
+  for (size_t i = 0; i < devices.size(); ++i) {
+    const TablePlan& plan = rows_.tables[i];
+    DeviceNumbers& numbers = devices[i].numbers;
+    if (plan.on_device == nullptr) continue;
+    if (!accumulates && (devices[i].captures || plan.has_device_scalars())) {
+      numbers = device_numbers(plan);
+      numbers.kept.insert(numbers.kept.end(), kept.begin(), kept.end());
+      if (memory == nullptr) {
+        numbers.scaler = device_scaler(request.amp, plan.device, numbers.kept);
+      }
+    }
+    if (memory != nullptr) {
+      numbers.pass = {verdict_at(memory->verdict(plan.device)), rows_.zeroes_grads() ? 1 : 0};
+    }
+  }
+  upload(devices);
+  if (memory != nullptr && !request.follows) decide_all(devices, questions);
+
+  for (size_t i = 0; i < devices.size(); ++i) {
+    const TablePlan& plan = rows_.tables[i];
+    if (plan.on_device == nullptr) continue;
+    if (accumulates) {
+      plan.on_device->accumulate(devices[i].board, plan.table, devices[i].numbers.pass);
+    } else {
+      plan.on_device->step(devices[i].board, plan.table, devices[i].numbers);
+    }
+  }
+  Pass pass{nullptr, rows_.zeroes_grads() ? 1 : 0};
+  for (const NormDomain& domain : domains_) {
+    if (domain.launcher == nullptr) pass.verdict = verdict_at(memory->verdict(domain.device));
+  }
+  const bool skips = !accumulates && pass.verdict != nullptr && pass.verdict->skip != 0;
+  if (skips) {
+    clear_host_rows(request.purpose);
+  } else {
+    const std::vector<Work> work = host_work(accumulates, pass);
+    const py::gil_scoped_release no_gil;
+    if (accumulates) {
+      commit_accumulation();
+    } else {
+      for_blocks(rows_.present().size(), [this](size_t begin, size_t end) { commit(begin, end); });
+    }
+    if (!work.empty()) run_tables(work, run_on_torch_pool);
+  }
+  if (accumulates && !rows_.zeroes_grads()) drop_grads();
+  if (closes(request.purpose)) {
+    for (const int r : rows_.present()) rows_.rows[r].member->has_accumulated = false;
+    if (!rows_.names) memory->end_window();
+  }
+  return !skips;
+}
+
+// A micro-batch without gradients counts all the same.
+bool StepPlan::end_without_rows(const StepRequest& request) {
+  if (request.purpose == Purpose::kAccumulate && !request.follows) {
+    rows_.memory->set_window_weight(rows_.memory->window_weight() + request.weight);
+  }
+  return true;
+}
+
+// ---- Rows --------------------------------------------------------------------------------------
+
+// Gives the rows that take part their slots, and memory of their own where they write.
+void StepPlan::settle_rows() {
+  for (TablePlan& plan : rows_.tables) {
+    plan.slot_keys.clear();
+    plan.table.slots.clear();
+  }
+  for (const int r : rows_.present()) {
+    HostRow& host = rows_.rows[r];
+    if (!host.active) continue;
+    TablePlan& plan = rows_.table_of(host);
+    Row& row = plan.table.rows[host.row];
+    if (host.copy_on_write) {
+      row.param = host.impl->mutable_data();
+      if (host.grad != nullptr) {  // it may have shared the parameter's memory until now
+        row.grad =
+            rows_.zeroes_grads() ? host.grad->mutable_data() : const_cast<void*>(host.grad->data());
+      }
+      for (int k = 0; k < kMaxRowStates; ++k) {
+        if (row.state[k] != nullptr) row.state[k] = host.states[k]->mutable_data();
+      }
+      if (host.has(kStep)) host.step_at = host.states[kStep]->mutable_data();
+    }
+    if (!plan.has_device_scalars()) row.slot = slot_for(plan, host, row.slot);
+  }
+}
+
+// The slot of a row, which had `previous` in the last step and nearly always has it again. Two slots
+// may have the same key, if the keys of the last step were different.
+int StepPlan::slot_for(TablePlan& plan, const HostRow& host, int previous) const {
+  const SlotKey key{host.group, host.step, host.fresh};
+  std::vector<SlotKey>& keys = plan.slot_keys;
+  const int count = static_cast<int>(keys.size());
+  if (previous < count && keys[previous] == key) return previous;
+  if (previous != count) {
+    // Rows come in the order of the groups, so the slots of a group follow each other.
+    for (int slot = count - 1; slot >= 0 && keys[slot].group == key.group; --slot) {
+      if (keys[slot] == key) return slot;
+    }
+  }
+  keys.push_back(key);
+  Table& table = plan.table;
+  table.slots.resize(keys.size() * table.slot_size);
+  const GroupValues& values = rows_.groups[host.group].values;
+  rows_.rule.write_slot(table.storage.param, values.hyper, key.step, key.first,
+                        values.maximize ? -1.0 : 1.0, table.slots.data() + count * table.slot_size);
+  return count;
+}
+
+// ---- Devices -----------------------------------------------------------------------------------
+
+void StepPlan::check_capture(const TablePlan& plan, Purpose purpose) const {
+  for (const int r : rows_.present()) {
+    const HostRow& host = rows_.rows[r];
+    if (&rows_.table_of(host) != &plan || !host.active) continue;
+    const char* reason = nullptr;
+    if (host.has(kStep) && !host.step_on_device) {
+      reason =
+          "capturable=False, and the step counts are on the host; construct the optimizer with "
+          "capturable=True";
+    } else if (purpose != Purpose::kUpdate) {
+      reason =
+          "gradients are being accumulated, and a replay cannot tell where in its window it is; "
+          "capture forward and backward alone";
+    } else if (host.fresh) {
+      reason =
+          "this would be a parameter's first step, and every replay would start anew; take a step "
+          "before capturing";
+    }
+    if (reason != nullptr) {
+      throw std::runtime_error(std::string("step() cannot be captured in a CUDA graph: ") + reason);
+    }
+  }
+}
+
+// By table; empty if none is on a device. Comes before the first launch: there may be no room for the
+// last table's memory.
+std::vector<StepPlan::DeviceLaunch> StepPlan::ready(Purpose purpose) {
+  std::vector<DeviceLaunch> launches(has_devices_ ? rows_.tables.size() : 0);
+  for (size_t i = 0; i < launches.size(); ++i) {
+    const TablePlan& plan = rows_.tables[i];
+    if (plan.on_device == nullptr) continue;
+    launches[i].captures = plan.on_device->capturing();
+    if (launches[i].captures) {
+      check_capture(plan, purpose);
+    } else {
+      plan.on_device->ready(plan.table);
+    }
+  }
+  return launches;
+}
+
+DeviceNumbers StepPlan::device_numbers(const TablePlan& plan) const {
+  DeviceNumbers numbers;
+  for (const Group& group : rows_.groups) {
+    numbers.hypers.push_back(device_hyper(group.values, plan.device, numbers.kept));
+  }
+  numbers.prepare.assign(plan.table.rows.size(), cuda::PrepareSlot{{}, 0, nullptr, 0, -1});
+  for (const int r : rows_.present()) {
+    const HostRow& host = rows_.rows[r];
+    if (&rows_.table_of(host) != &plan || !host.active) continue;
+    cuda::PrepareSlot& slot = numbers.prepare[host.row];
+    slot.hyper = host.group;
+    slot.host_step = host.step;
+    slot.host_first = host.fresh ? 1 : 0;
+    if (host.step_on_device) slot.step = {host.step_at, host.step_is_double ? 1 : 0};
+    if (host.first.defined()) {
+      slot.first = host.first.mutable_data_ptr<int32_t>();
+      numbers.kept.push_back(host.first);
+    }
+  }
+  return numbers;
+}
+
+void StepPlan::upload(std::vector<DeviceLaunch>& launches) {
+  for (size_t i = 0; i < launches.size(); ++i) {
+    const TablePlan& plan = rows_.tables[i];
+    if (plan.on_device == nullptr) continue;
+    if (!launches[i].captures) {
+      launches[i].board = plan.on_device->upload(plan.table, launches[i].numbers);
+      continue;
+    }
+    Table table = plan.table;  // with a slot a row, whatever the plan's own has
+    std::vector<int> variants;
+    for (const Group& group : rows_.groups) variants.push_back(group.variant);
+    for (size_t r = 0; r < table.rows.size(); ++r) table.rows[r].slot = static_cast<int32_t>(r);
+    launches[i].board = plan.on_device->capture(table, launches[i].numbers, variants, *captured_);
+  }
+}
+
+// ---- Decisions ---------------------------------------------------------------------------------
+
+Question StepPlan::question_for(const NormDomain& domain, const StepRequest& request,
+                                std::vector<at::Tensor>& kept) const {
+  const StepOptions& options = rows_.memory->options;
+  const bool flushes = request.purpose == Purpose::kFlush;
+  Question question;
+  question.purpose = flushes ? Purpose::kClose : request.purpose;
+  question.check = options.check ? 1 : 0;
+  question.mean = options.mean ? 1 : 0;
+  question.max_norm = options.max_norm;
+  question.weight = request.weight;
+  question.grads = flushes ? 0 : 1;
+  if (request.live_weight.defined()) {
+    kept.push_back(request.live_weight.to(domain.device, at::kDouble, /*non_blocking=*/true));
+    question.live_weight = static_cast<const double*>(kept.back().const_data_ptr());
+  }
+  const cuda::Scaler scaler = device_scaler(request.amp, domain.device, kept);
+  question.grad_scale = scaler.grad_scale;
+  question.found_inf = scaler.found_inf;
+  return question;
+}
+
+// The CPU driver's norms, over all of its tables.
+void StepPlan::run_norms(const NormDomain& domain, const Question& question) const {
+  std::vector<Work> work = host_work(false, {});
+  for (Work& item : work) {
+    item.kind = Work::Kind::kNorm;
+    item.kernel = current_tier().norm(item.table->storage.grad, item.table->storage.param);
+    item.sums = sums_at(domain.blocks);
+    item.in = weight_in(question);
+  }
+  const py::gil_scoped_release no_gil;
+  run_tables(work, run_on_torch_pool);
+}
+
+// The norm's launches over a device's tables; `measure` is the last one's.
+void StepPlan::launch_norms(const NormDomain& domain, const std::vector<DeviceLaunch>& launches,
+                            const Question& question, cuda::Measure measure) {
+  size_t last = 0;
+  for (size_t i = 0; i < launches.size(); ++i) {
+    if (rows_.tables[i].device == domain.device) last = i;
+  }
+  for (size_t i = 0; i <= last; ++i) {
+    const TablePlan& plan = rows_.tables[i];
+    if (plan.device != domain.device) continue;
+    cuda::Measure here = measure;
+    if (i != last) here.last = here.decides = 0;
+    plan.on_device->norm(launches[i].board, plan.table, {here, question});
+  }
+}
+
+// Fills every device's verdict: from the norm of all rows, where it is asked for.
+void StepPlan::decide_all(std::vector<DeviceLaunch>& launches,
+                          const std::vector<Question>& questions) {
+  const StepOptions& options = rows_.memory->options;
+  const bool accumulates = questions[0].purpose == Purpose::kAccumulate;
+  const bool sums = options.check || (options.measures && !accumulates);
+  const bool apart = domains_.size() > 1 || domains_[0].specs.size() > 1 || domains_[0].specs[0];
+  if (sums && apart) return decide_apart(launches, questions);
+  for (size_t d = 0; d < domains_.size(); ++d) {
+    const NormDomain& domain = domains_[d];
+    Verdict* verdict = verdict_at(rows_.memory->verdict(domain.device));
+    if (domain.launcher == nullptr) {
+      NormSums total;
+      if (sums) {
+        run_norms(domain, questions[d]);
+        total = sum_blocks(sums_at(domain.blocks), domain.block_count());
+      }
+      decide(questions[d], total, *verdict);
+    } else if (sums) {
+      launch_norms(domain, launches, questions[d],
+                   {sums_at(domain.blocks), domain.block_count(), nullptr, verdict, 1, 1});
+    } else {
+      finish_norm(*domain.launcher, domain.device, domain.storage,
+                  {{nullptr, 0, nullptr, verdict, 1, 1}, questions[d]});
+    }
+  }
+}
+
+// The same where sums have to meet: those of several devices, and those of shards on several ranks.
+void StepPlan::decide_apart(std::vector<DeviceLaunch>& launches,
+                            const std::vector<Question>& questions) {
+  std::vector<at::Tensor> totals;
+  for (size_t d = 0; d < domains_.size(); ++d) {
+    const NormDomain& domain = domains_[d];
+    const auto segments = static_cast<int64_t>(domain.specs.size());
+    at::Tensor total =
+        at::zeros({segments, 2}, at::TensorOptions(at::kDouble).device(domain.device));
+    NormSums* blocks = sums_at(domain.blocks);
+    if (domain.launcher == nullptr) {
+      run_norms(domain, questions[d]);
+    } else {
+      launch_norms(domain, launches, questions[d], {blocks, 0, nullptr, nullptr, 0, 0});
+    }
+    Verdict* verdict = verdict_at(rows_.memory->verdict(domain.device));
+    int64_t begin = 0;
+    for (int64_t segment = 0; segment < segments; ++segment) {
+      const int64_t count = domain.ends[segment] - begin;
+      if (domain.launcher == nullptr) {
+        sums_at(total)[segment] = sum_blocks(blocks + begin, count);
+      } else {
+        finish_norm(*domain.launcher, domain.device, domain.storage,
+                    {{blocks + begin, count, sums_at(total) + segment, verdict, 1, 0}, {}});
+      }
+      begin = domain.ends[segment];
+    }
+    py::list specs;
+    for (const py::object& spec : domain.specs) specs.append(spec ? spec : py::none());
+    rows_.memory->reduce(specs, py::reinterpret_steal<py::object>(THPVariable_Wrap(total)));
+    totals.push_back(std::move(total));
+  }
+  for (size_t d = 0; d < domains_.size(); ++d) {
+    const NormDomain& domain = domains_[d];
+    std::vector<at::Tensor> here;
+    for (const at::Tensor& total : totals) here.push_back(total.to(domain.device, true));
+    const at::Tensor all = at::cat(here);
+    Verdict* verdict = verdict_at(rows_.memory->verdict(domain.device));
+    if (domain.launcher == nullptr) {
+      decide(questions[d], sum_blocks(sums_at(all), all.size(0)), *verdict);
+    } else {
+      finish_norm(*domain.launcher, domain.device, domain.storage,
+                  {{sums_at(all), all.size(0), nullptr, verdict, 1, 1}, questions[d]});
+    }
+  }
+}
+
+// ---- The host ----------------------------------------------------------------------------------
+
+std::vector<Work> StepPlan::host_work(bool accumulates, const Pass& pass) const {
+  const Tier& tier = current_tier();
+  std::vector<Work> work;
+  for (const TablePlan& plan : rows_.tables) {
+    if (plan.on_device != nullptr) continue;
+    const StorageTuple& storage = plan.table.storage;
+    if (accumulates) {
+      const Kernel kernel = tier.accumulate(storage.grad, storage.param);
+      work.push_back({&plan.table, kernel, Work::Kind::kAccumulate, pass});
+    } else {
+      const Kernel kernel = tier.kernel(rows_.rule.index, plan.variant, storage_index(storage));
+      work.push_back({&plan.table, kernel, Work::Kind::kUpdate, pass});
+    }
+  }
+  return work;
+}
+
+// What is left of a step that the host skips: the window ends, gradients are cleared if asked to.
+void StepPlan::clear_host_rows(Purpose purpose) {
+  const auto clear = [](c10::TensorImpl* tensor) {
+    at::Tensor(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor)).zero_();
+  };
+  for (const int r : rows_.present()) {
+    HostRow& host = rows_.rows[r];
+    if (rows_.table_of(host).on_device != nullptr) continue;
+    if (rows_.zeroes_grads() && host.grad != nullptr) clear(host.grad);
+    if (closes(purpose) && host.member->has_accumulated) clear(host.states[kAccumulator]);
+  }
+}
+
+// Gradients that are in the accumulators are freed.
+void StepPlan::drop_grads() {
+  for (const int r : rows_.present()) {
+    HostRow& host = rows_.rows[r];
+    if (host.grad == nullptr) continue;
+    rows_.outside(host)->mutable_grad().reset();
+    host.grad = nullptr;
+  }
+}
+
+void StepPlan::commit_accumulation() {
+  for (const int r : rows_.present()) {
+    HostRow& host = rows_.rows[r];
+    if (!host.active) continue;
+    host.member->has_accumulated = true;
+    rows_.outside(host, kAccumulator)->bump_version();
+    if (!rows_.zeroes_grads()) continue;
+    host.grad->bump_version();
+    host.member->zeroed = host.grad;
+    host.member->zeroed_version = host.grad->version_counter().current_version();
+  }
+}
+
+// Counts the step, of the present rows from `begin` to `end`.
+void StepPlan::commit(size_t begin, size_t end) {
+  const int* present = rows_.present().data();
+  // A version counter is bumped by a locked instruction, which waits for its cache miss and holds up
+  // all that follow. Plain reads first: their misses overlap.
+  for (size_t i = begin; i < end; ++i) {
+    const HostRow& host = rows_.rows[present[i]];
+    if (!host.active) continue;
+    host.impl->version_counter().current_version();
+    for (int k = 0; k < kRoles; ++k) {
+      if (host.has(k)) host.states[k]->version_counter().current_version();
+    }
+  }
+  const bool zeroes = rows_.zeroes_grads();
+  for (size_t i = begin; i < end; ++i) {
+    HostRow& host = rows_.rows[present[i]];
+    if (!host.active) continue;
+    host.fresh = false;
+    if (host.member != nullptr) host.member->fresh = false;
+    if (zeroes && host.grad != nullptr) host.grad->bump_version();
+    // Of a DTensor torch bumps the outside alone: a view made by to_local() outlives a step.
+    rows_.outside(host)->bump_version();
+    for (int k = 0; k < kRoles; ++k) {
+      if (host.has(k)) rows_.outside(host, k)->bump_version();
+    }
+    if (!host.has(kStep) || host.step_on_device) continue;
+    if (host.step_is_double) {
+      *static_cast<double*>(host.step_at) = host.step;
+    } else {
+      *static_cast<float*>(host.step_at) = static_cast<float>(host.step);
+    }
+  }
+}
+
+}  // namespace fusedopt
