@@ -93,10 +93,11 @@ class Packed:
         try:
             for member in members.fused:
                 group, param = groups[member.group], member.param
-                if wanted is not None and id(param) not in wanted and not state.get(param):
-                    if new.has_step or new.entries or new.names(group):
-                        idle.append(param)
-                        continue
+                stateful = new.has_step or new.entries or new.names(group)
+                waits = wanted is not None and id(param) not in wanted and not state.get(param)
+                if waits and stateful:
+                    idle.append(param)
+                    continue
                 on_device = param.device.type in launchers
                 fresh = self._create_state(group, param, new, on_device=on_device)
                 self._create_entries(param, new, on_device=on_device)
@@ -175,7 +176,8 @@ class Packed:
         """Takes a step.
 
         Args:
-            groups, state: The optimizer's.
+            groups: The optimizer's.
+            state: The optimizer's.
             request: What is asked for beside the update.
             named: The parameters that take part; None for all.
 

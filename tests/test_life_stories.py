@@ -1,13 +1,13 @@
 """Random life stories of an optimizer beside torch.optim, and faults that they must find."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import rehearsal
 from hypothesis import Phase
 from stories import Story, StoryOnADevice, live
 
-from fusedopt import _C
 from fusedopt.packing import Packed
 
 
@@ -38,48 +38,49 @@ def test_a_life_on_a_device_beside_torch(on_a_device, stories):
 class Stale(Packed):
     """A plan that misses what changed since it was built, as far as Python can make it."""
 
-    def __init__(self, optimizer):
-        super().__init__(optimizer)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+    def __init__(self, rule, groups, state, *others):
+        super().__init__(rule, groups, state, *others)
+        params = [param for group in groups for param in group["params"]]
         self.then = {
-            "state": {param: dict(state) for param, state in optimizer.state.items()},
-            "groups": [{**g, "params": list(g["params"])} for g in optimizer.param_groups],
+            "state": {param: dict(entries) for param, entries in state.items()},
+            "groups": [{**g, "params": list(g["params"])} for g in groups],
             "storage": {param: param.data for param in params},
             "gradient": {param: param.grad for param in params},
         }
+        self.true, self.plan = self.plan, SimpleNamespace(step=self.take)
 
 
 class MissesReplacedStates(Stale):
-    def refresh(self, purpose=_C.Purpose.UPDATE):
-        return self.plan.refresh(self.optimizer.param_groups, self.then["state"])
+    def take(self, groups, state, request=None):
+        return self.true.step(groups, self.then["state"], request)
 
 
 class MissesChangedGroups(Stale):
-    def refresh(self, purpose=_C.Purpose.UPDATE):
-        return self.plan.refresh(self.then["groups"], self.optimizer.state)
+    def take(self, groups, state, request=None):
+        return self.true.step(self.then["groups"], state, request)
 
 
 class MissesMovedParameters(Stale):
-    def refresh(self, purpose=_C.Purpose.UPDATE):
+    def take(self, groups, state, request=None):
         now = {param: param.data for param in self.then["storage"]}
         for param, data in self.then["storage"].items():
             if param.data.dtype == data.dtype:
                 param.data = data
         try:
-            return super().refresh(purpose)
+            return self.true.step(groups, state, request)
         finally:
             for param, data in now.items():
                 param.data = data
 
 
 class MissesReplacedGradients(Stale):
-    def refresh(self, purpose=_C.Purpose.UPDATE):
+    def take(self, groups, state, request=None):
         now = {param: param.grad for param in self.then["gradient"]}
         for param, grad in self.then["gradient"].items():
             if None not in (param.grad, grad) and grad.dtype == param.dtype:
                 param.grad = grad
         try:
-            return super().refresh(purpose)
+            return self.true.step(groups, state, request)
         finally:
             for param, grad in now.items():
                 param.grad = grad
