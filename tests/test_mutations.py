@@ -252,7 +252,7 @@ MUTATIONS = [
     Mutation(
         "a CUDA body takes the head twice and leaves the tail",
         "cuda/body.h",
-        "r < head ? r : tail + r - head",
+        "r < head ? r : r + skipped",
         "r",
         "rows, chunks of 64: sgd variant 0 float32/float32/float32",
         **_BODY,

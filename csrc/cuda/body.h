@@ -192,56 +192,52 @@ struct Body {
     store(chunk.average + at[2 + kAverage], average);
   }
 
-  template <int kWidth>
-  FUSEDOPT_HD static void update_at(const Chunk& chunk, int64_t i) {
-    const int64_t at[kMaxArrays] = {i, i, i, i, i, i, i};
-    update<kWidth>(chunk, at);
-  }
-
-  // Elements before and after the aligned ones go one a thread.
-  template <int kWidth>
-  FUSEDOPT_HD static void linear(const Chunk& chunk, int head, int thread, int threads) {
-    head = head < chunk.count ? head : chunk.count;
-    const int vectors = (chunk.count - head) / kWidth;
-    FUSEDOPT_NO_UNROLL
-    for (int v = thread; v < vectors; v += threads) update_at<kWidth>(chunk, head + v * kWidth);
-    if constexpr (kWidth > 1) {
-      const int tail = head + vectors * kWidth;
-      const int rest = head + chunk.count - tail;
-      FUSEDOPT_NO_UNROLL
-      for (int r = thread; r < rest; r += threads) {
-        update_at<1>(chunk, r < head ? r : tail + r - head);
-      }
-    }
-  }
-
-  // The width is the row's: all threads of a block take one branch.
+  // Whole accesses of aligned elements. The width is the row's: all threads of a block take one branch.
   template <int kWidth = kWidest>
-  FUSEDOPT_HD static void by_width(const Chunk& chunk, int width, int head, int thread,
-                                   int threads) {
+  FUSEDOPT_HD static void vectors(const Chunk& chunk, int width, int head, int count, int thread,
+                                  int threads) {
     if constexpr (kWidth > 1) {
-      if (width < kWidth) return by_width<kWidth / 2>(chunk, width, head, thread, threads);
+      if (width < kWidth) {
+        return vectors<kWidth / 2>(chunk, width, head, count, thread, threads);
+      }
+      FUSEDOPT_NO_UNROLL
+      for (int v = thread; v < count; v += threads) {
+        int64_t at[kMaxArrays];
+        FUSEDOPT_UNROLL
+        for (int64_t& offset : at) offset = head + v * kWidth;
+        update<kWidth>(chunk, at);
+      }
     }
-    linear<kWidth>(chunk, head, thread, threads);
   }
 
-  FUSEDOPT_HD static void strided(const Chunk& chunk, const DeviceLayout& layout, int64_t begin,
-                                  int thread, int threads) {
+  // All other elements, one a thread: `rest` of them, which are the first `head` ones and, `skipped`
+  // elements later, those that follow. `layout` is null where arrays run through memory in one order.
+  FUSEDOPT_HD static void others(const Chunk& chunk, const DeviceLayout* layout, int64_t begin,
+                                 int head, int skipped, int rest, int thread, int threads) {
     FUSEDOPT_NO_UNROLL
-    for (int i = thread; i < chunk.count; i += threads) {
-      int64_t left = begin + i;
+    for (int r = thread; r < rest; r += threads) {
+      int64_t left = r < head ? r : r + skipped;
       int64_t at[kMaxArrays] = {};
-      FUSEDOPT_NO_UNROLL
-      for (int d = layout.dims - 1; d >= 0; --d) {
-        const int64_t index = left % layout.sizes[d];
-        left /= layout.sizes[d];
-        FUSEDOPT_UNROLL
-        for (int a = 0; a < 2 + kStates; ++a) at[a] += index * layout.strides[a][d];
-        FUSEDOPT_UNROLL
-        for (int a = 2 + kAccumulator; a < kMaxArrays; ++a) at[a] += index * layout.strides[a][d];
-      }
+      if (layout != nullptr) left = offsets(*layout, begin + left, at);
+      FUSEDOPT_UNROLL
+      for (int64_t& offset : at) offset += left;
       update<1>(chunk, at);
     }
+  }
+
+  // Adds the offsets of element `left` into the arrays; returns what is left, which is 0.
+  FUSEDOPT_HD static int64_t offsets(const DeviceLayout& layout, int64_t left,
+                                     int64_t (&at)[kMaxArrays]) {
+    FUSEDOPT_NO_UNROLL
+    for (int d = layout.dims - 1; d >= 0; --d) {
+      const int64_t index = left % layout.sizes[d];
+      left /= layout.sizes[d];
+      FUSEDOPT_UNROLL
+      for (int a = 0; a < 2 + kStates; ++a) at[a] += index * layout.strides[a][d];
+      FUSEDOPT_UNROLL
+      for (int a = 2 + kAccumulator; a < kMaxArrays; ++a) at[a] += index * layout.strides[a][d];
+    }
+    return left;
   }
 
   FUSEDOPT_HD static void run(const DeviceTable& table, const Scaler& scaler, const Pass& pass,
@@ -265,11 +261,13 @@ struct Body {
     chunk.slot = static_cast<const SlotType*>(table.slots)[row.slot];
     chunk.factor = chunk.slot.grad_factor;
     if (pass.verdict != nullptr) chunk.factor = chunk.factor * pass.verdict->template factor<T>();
-    if (linear) {
-      by_width(chunk, row.width, row.head, thread, threads);
-    } else {
-      strided(chunk, table.layouts[row.layout], piece.begin, thread, threads);
-    }
+    const bool wide = linear && row.width > 1;
+    const int head = wide && row.head < chunk.count ? row.head : chunk.count;
+    const int count = wide ? (chunk.count - head) / row.width : 0;
+    vectors(chunk, row.width, head, count, thread, threads);
+    const int aligned = count * row.width;
+    others(chunk, linear ? nullptr : table.layouts + row.layout, piece.begin, head, aligned,
+           chunk.count - aligned, thread, threads);
   }
 
   // What a step that is skipped still does: it empties the window, and clears gradients if asked to.
