@@ -231,6 +231,7 @@ PYBIND11_MODULE(_C, m) {
       "triton_launcher",
       [](py::object kernels) { return py::capsule(new TritonLauncher(std::move(kernels))); },
       py::arg("kernels"));
+  m.def("layout", &layout);
   m.def("gpu_runtime", &cuda::gpu_runtime);
 
   // Whether a profiler or observer would see a range recorded now.

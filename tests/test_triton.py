@@ -107,10 +107,10 @@ def test_a_second_table_without_room_changes_nothing_of_the_first(monkeypatch):
                 raise RuntimeError("no room")
             return 1
 
-        def update(self, *arguments):
-            updates.append(arguments)
+        def launch(self, *arguments):
+            launches.append(arguments)
 
-    updates = []
+    launches = []
     launcher = _C.triton_launcher(Cramped())
     row = backends.Backend("cramped", ("cpu",), lambda: "", "", lambda: launcher)
     monkeypatch.setitem(backends.BACKENDS, "cramped", row)
@@ -119,10 +119,10 @@ def test_a_second_table_without_room_changes_nothing_of_the_first(monkeypatch):
     set_grads(params, 0)
     with pytest.raises(RuntimeError, match="no room"):
         optimizer.step()
-    assert updates == []
+    assert launches == []
     assert not optimizer.state
     optimizer.step()
-    assert len(updates) == 2
+    assert [kind for kind, *_ in launches] == ["update"] * 2
 
 
 @pytest.mark.parametrize("layout", [False, True], ids=["linear", "with a layout"])
@@ -141,7 +141,8 @@ def test_elements_past_two_to_the_31st(layout):
     slots = np.array([1.0, lr, 0, 0, 0, 0, 0], np.float32)  # SGD's
     table = [part.ctypes.data for part in (rows, chunks, layouts, slots)]
     kernels = kernel_package.interpreted().Launcher()
-    kernels.update([*_C.rules()].index("sgd"), 0, 0, 0, 0, *table, 1, 0, 0, 0, 0, 0)
+    key = [*_C.rules()].index("sgd"), 0, 0, 0, 0
+    kernels.launch("update", key, 1, 0, *table, 1, 0, 0, 0, 0)
     assert torch.equal(param, expected)
 
 

@@ -1,8 +1,8 @@
 """The Triton backend, installed as `fusedopt.triton_kernels`.
 
 One file a rule, the line-for-line twin of `csrc/rules/<rule>.h`; `math.py`, the helpers of
-`csrc/rules/rule.h`; `multi_tensor.py`, the kernels of an update; `norm.py`, those before it;
-`launcher.py`, what launches them.
+`csrc/rules/rule.h`; `layout.py`, where numbers lie in memory; `multi_tensor.py`, the kernels of an
+update; `norm.py`, those before it; `launcher.py`, what launches them.
 """
 
 from __future__ import annotations

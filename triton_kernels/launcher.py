@@ -124,24 +124,18 @@ def _interpreted(kernel: triton.runtime.KernelInterface, instance: Instance) -> 
     return launch
 
 
-@cache
-def _update(device: int, *instance: int) -> Launch:
-    return launch_of(update_of(*instance))
+# By the kind of a launch.
+INSTANCES = {
+    "update": update_of,
+    "prepare": prepare_of,
+    "norm": norm_of,
+    "accumulate": accumulate_of,
+}
 
 
 @cache
-def _prepare(device: int, rule: int, in_double: bool) -> Launch:
-    return launch_of(prepare_of(rule, in_double))
-
-
-@cache
-def _norm(device: int, param: int, grad: int) -> Launch:
-    return launch_of(norm_of(param, grad))
-
-
-@cache
-def _accumulate(device: int, param: int, grad: int) -> Launch:
-    return launch_of(accumulate_of(param, grad))
+def _kernel(device: int, kind: str, key: tuple[int, ...]) -> Launch:
+    return launch_of(INSTANCES[kind](*key))
 
 
 @cache
@@ -156,10 +150,7 @@ def _device() -> int:
 class Launcher:
     """The calls of `Launcher` in csrc/cuda/launcher.h that Triton can serve.
 
-    Rules and variants go by their place in the registry, dtypes by theirs in `DType`; an address
-    that is 0 is that of nothing. An update's table is `rows, chunks, layouts, slots, chunk_count`
-    of `DeviceTable`, a prepare's is `prepare, hypers, slots, slot_count` of `PrepareTable`; what
-    gradients alone are read of has no slots.
+    Rules and variants go by their place in the registry, dtypes by theirs in `DType`.
     """
 
     def multiprocessors(self) -> int:
@@ -169,107 +160,22 @@ class Launcher:
     def load(self, rule: int, variant: int, param: int, grad: int, state: int) -> None:
         """Compiles and loads what a table's steps launch, so that a capture finds it there."""
         device = _device()
-        _update(device, rule, variant, param, grad, state)
-        _prepare(device, rule, DTYPES[param] == tl.float64)
-        _norm(device, param, grad)
-        _accumulate(device, param, grad)
+        _kernel(device, "update", (rule, variant, param, grad, state))
+        _kernel(device, "prepare", (rule, DTYPES[param] == tl.float64))
+        _kernel(device, "norm", (param, grad))
+        _kernel(device, "accumulate", (param, grad))
 
-    def update(
-        self,
-        rule: int,
-        variant: int,
-        param: int,
-        grad: int,
-        state: int,
-        rows: int,
-        chunks: int,
-        layouts: int,
-        slots: int,
-        chunk_count: int,
-        grad_scale: int,
-        found_inf: int,
-        verdict: int,
-        zero_grads: int,
-        stream: int,
+    def launch(
+        self, kind: str, key: tuple[int, ...], count: int, stream: int, *arguments: int
     ) -> None:
-        """Updates a table's rows, whose storage types are `param`, `grad` and `state`."""
-        launch = _update(_device(), rule, variant, param, grad, state)
-        table = rows, chunks, layouts, slots, chunk_count
-        asked = grad_scale, found_inf, verdict, zero_grads
-        launch(self._programs(chunk_count), stream, *table, *asked)
+        """Launches a kernel with these arguments, which csrc/plan/triton.cpp puts in its order.
 
-    def prepare(
-        self,
-        rule: int,
-        in_double: bool,
-        prepare: int,
-        hypers: int,
-        slots: int,
-        slot_count: int,
-        found_inf: int,
-        verdict: int,
-        stream: int,
-    ) -> None:
-        """Fills a table's scalar slots from numbers on the device."""
-        launch = _prepare(_device(), rule, in_double)
-        launch(slot_count, stream, prepare, hypers, slots, found_inf, verdict)
-
-    def norm(
-        self,
-        param: int,
-        grad: int,
-        rows: int,
-        chunks: int,
-        layouts: int,
-        chunk_count: int,
-        blocks: int,
-        block_count: int,
-        total: int,
-        verdict: int,
-        last: int,
-        decides: int,
-        purpose: int,
-        check: int,
-        mean: int,
-        grads: int,
-        max_norm: int,
-        weight: int,
-        live_weight: int,
-        grad_scale: int,
-        found_inf: int,
-        stream: int,
-    ) -> None:
-        """Sums the squares of a table's gradients; what follows are a `Measure` and a `Question`.
-
-        `max_norm` and `weight` are doubles, as their bits.
+        `kind` is one of `INSTANCES`, and `key` is what that function takes. `count` is the number
+        of chunks, which as many programs as run at once walk in steps of the grid; one at least,
+        as a norm without chunks still has to be finished. For a prepare it is the number of slots,
+        one a program.
         """
-        launch = _norm(_device(), param, grad)
-        table = rows, chunks, layouts, chunk_count
-        measure = blocks, block_count, total, verdict, last, decides
-        numbers = purpose, check, mean, grads, max_norm, weight
-        question = *numbers, live_weight, grad_scale, found_inf
-        launch(self._programs(chunk_count), stream, *table, *measure, *question)
-
-    def accumulate(
-        self,
-        param: int,
-        grad: int,
-        rows: int,
-        chunks: int,
-        layouts: int,
-        chunk_count: int,
-        verdict: int,
-        zero_grads: int,
-        stream: int,
-    ) -> None:
-        """Adds a table's gradients to its accumulators."""
-        launch = _accumulate(_device(), param, grad)
-        table = rows, chunks, layouts, chunk_count
-        launch(self._programs(chunk_count), stream, *table, verdict, zero_grads)
-
-    def _programs(self, chunks: int) -> int:
-        """As many as run at once: each walks the chunks in steps of the grid.
-
-        One at least: a norm without chunks still has to be finished.
-        """
-        return max(1, min(chunks, PROGRAMS_EACH * self.multiprocessors()))
+        programs = count
+        if kind != "prepare":
+            programs = max(1, min(count, PROGRAMS_EACH * self.multiprocessors()))
+        _kernel(_device(), kind, key)(programs, stream, *arguments)

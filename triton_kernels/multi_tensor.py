@@ -1,9 +1,7 @@
 """The kernels: one template of an update over a table, one of what prepares its scalars.
 
-A table is the byte image that ``csrc/cuda/image.h`` makes; the offsets below are those of the
-structs in ``csrc/cuda/table.h``, ``csrc/cuda/prepare.h`` and ``csrc/core/onepass.h``. All arguments
-but the last are plain 64-bit integers, addresses among them, so that no value of them makes another
-kernel.
+What lies where in a table is in `layout`. All arguments but the last are plain 64-bit integers,
+addresses among them, so that no value of them makes another kernel.
 """
 
 from dataclasses import dataclass
@@ -12,56 +10,46 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .layout import (
+    ACCESS_BYTES,
+    ACCUMULATOR,
+    AVERAGE,
+    CHUNK_BYTES,
+    CHUNK_COUNT,
+    CHUNK_ROW,
+    GRAD,
+    HYPER_BYTES,
+    HYPER_GRAD_FACTOR,
+    HYPER_LIVE,
+    LAYOUT_ARRAY,
+    LAYOUT_BYTES,
+    LAYOUT_SIZES,
+    LAYOUT_STRIDES,
+    NUMBER_BYTES,
+    NUMBER_IS_DOUBLE,
+    PREPARE_BYTES,
+    PREPARE_FIRST,
+    PREPARE_HOST_FIRST,
+    PREPARE_HOST_STEP,
+    PREPARE_HYPER,
+    ROW_BYTES,
+    ROW_HEAD,
+    ROW_LAYOUT,
+    ROW_SLOT,
+    ROW_WIDTH,
+    VERDICT_EMA_DECAY32,
+    VERDICT_EMA_DECAY64,
+    VERDICT_EMA_REST32,
+    VERDICT_EMA_REST64,
+    VERDICT_FACTOR32,
+    VERDICT_FACTOR64,
+    VERDICT_IN32,
+    VERDICT_IN64,
+    VERDICT_SKIP,
+    VERDICT_TAKE,
+)
 from .math import device, div, narrow, widen
 
-# A row's arrays by their place: the parameter, the gradient, a rule's states, and the driver's own.
-GRAD = tl.constexpr(1)
-ACCUMULATOR = tl.constexpr(5)
-AVERAGE = tl.constexpr(6)
-# DeviceRow, which begins with pointers to the arrays.
-ROW_BYTES = tl.constexpr(80)
-ROW_NORM_BLOCK = tl.constexpr(56)
-ROW_SLOT = tl.constexpr(64)
-ROW_LAYOUT = tl.constexpr(68)
-ROW_WIDTH = tl.constexpr(72)
-ROW_HEAD = tl.constexpr(76)
-# DeviceChunk, which begins with `begin`.
-CHUNK_BYTES = tl.constexpr(16)
-CHUNK_COUNT = tl.constexpr(8)
-CHUNK_ROW = tl.constexpr(12)
-# DeviceLayout, which begins with `dims`: kMaxDims sizes, and as many strides an array.
-LAYOUT_BYTES = tl.constexpr(4104)
-LAYOUT_SIZES = tl.constexpr(8)
-LAYOUT_STRIDES = tl.constexpr(520)
-LAYOUT_ARRAY = tl.constexpr(512)
-# Verdict, which begins with `weight`. Numbers of updates are there in double and in float.
-VERDICT_NORM = tl.constexpr(8)
-VERDICT_FACTOR64 = tl.constexpr(16)
-VERDICT_IN64 = tl.constexpr(24)
-VERDICT_EMA_DECAY64 = tl.constexpr(32)
-VERDICT_EMA_REST64 = tl.constexpr(40)
-VERDICT_FACTOR32 = tl.constexpr(48)
-VERDICT_IN32 = tl.constexpr(52)
-VERDICT_EMA_DECAY32 = tl.constexpr(56)
-VERDICT_EMA_REST32 = tl.constexpr(60)
-VERDICT_NORM32 = tl.constexpr(64)
-VERDICT_TAKE = tl.constexpr(68)
-VERDICT_SKIP = tl.constexpr(72)
-VERDICT_TICKET = tl.constexpr(76)
-# PrepareSlot, which begins with `step`.
-PREPARE_BYTES = tl.constexpr(40)
-PREPARE_HOST_STEP = tl.constexpr(16)
-PREPARE_FIRST = tl.constexpr(24)
-PREPARE_HOST_FIRST = tl.constexpr(32)
-PREPARE_HYPER = tl.constexpr(36)
-# DeviceHyper, which begins with `values`.
-HYPER_BYTES = tl.constexpr(200)
-HYPER_LIVE = tl.constexpr(64)
-HYPER_GRAD_FACTOR = tl.constexpr(192)
-NUMBER_BYTES = tl.constexpr(16)
-NUMBER_IS_DOUBLE = tl.constexpr(8)
-
-ACCESS_BYTES = tl.constexpr(16)  # what an access moves at most
 THREADS = 256  # of a program; as in csrc/cuda/body.h, whose chunks are cut for it
 
 

@@ -10,15 +10,18 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .math import device, div, sqrt, widen
-from .multi_tensor import (
+from .layout import (
     ACCESS_BYTES,
+    ACCUMULATE,
     ACCUMULATOR,
     CHUNK_BYTES,
     CHUNK_COUNT,
+    CLOSE,
     GRAD,
+    NORM_BLOCK,
+    NORM_CLASSES,
     ROW_NORM_BLOCK,
-    THREADS,
+    SUMS_BYTES,
     VERDICT_FACTOR32,
     VERDICT_FACTOR64,
     VERDICT_IN32,
@@ -28,6 +31,10 @@ from .multi_tensor import (
     VERDICT_SKIP,
     VERDICT_TAKE,
     VERDICT_TICKET,
+)
+from .math import device, div, sqrt, widen
+from .multi_tensor import (
+    THREADS,
     address,
     element_of,
     has,
@@ -40,15 +47,8 @@ from .multi_tensor import (
     store_zeros,
 )
 
-# A row is cut into blocks of so many elements, a block into so many classes.
-NORM_BLOCK = tl.constexpr(1024)
-NORM_CLASSES = tl.constexpr(256)
-HALVINGS = tl.constexpr(8)
-SUMS_BYTES = tl.constexpr(16)  # NormSums: with and without the gradients
+HALVINGS = tl.constexpr(8)  # of a block's classes, until one is left
 LOADS_AT_ONCE = tl.constexpr(8)  # where the sums of blocks are added up
-# Purpose.
-ACCUMULATE = tl.constexpr(1)
-CLOSE = tl.constexpr(2)
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,8 @@ inline NormSums sum_blocks(const NormSums* blocks, int64_t count) {
 
 // ---- Decisions ---------------------------------------------------------------------------------
 
-// What a step found out and its update obeys. It outlives the step: `weight` is what the window of
-// accumulated micro-batches has come to. Kernels in triton_kernels/ and fusedopt/onepass.py read it at
-// these places.
+// Result of the norm pass, read by the update kernel. Lives as long as the optimizer: `weight` is that
+// of the accumulated micro-batches of the present window.
 struct Verdict {
   double weight = 0.0;  // of the micro-batches in the accumulators
   double norm = 0.0;    // of the gradient that the last update saw before it was clipped
@@ -92,13 +91,6 @@ struct Verdict {
     return sizeof(T) == 8 ? T(ema_rest64) : T(ema_rest32);
   }
 };
-static_assert(sizeof(Verdict) == 80 && offsetof(Verdict, factor64) == 16 &&
-              offsetof(Verdict, in64) == 24 && offsetof(Verdict, ema_decay64) == 32 &&
-              offsetof(Verdict, factor32) == 48 && offsetof(Verdict, in32) == 52 &&
-              offsetof(Verdict, ema_decay32) == 56 && offsetof(Verdict, norm32) == 64 &&
-              offsetof(Verdict, take) == 68 && offsetof(Verdict, skip) == 72 &&
-              offsetof(Verdict, ticket) == 76);
-
 // What an update does beside its rule. Without a verdict gradients are taken as they are, there is
 // no accumulator and no average.
 struct Pass {

@@ -41,14 +41,6 @@ struct PrepareSlot {
   int32_t hyper;       // index into the groups' hyperparameters; -1: no part in this step
 };
 
-// Read by triton_kernels/multi_tensor.py.
-static_assert(sizeof(DeviceNumber) == 16 && offsetof(DeviceNumber, is_double) == 8);
-static_assert(sizeof(DeviceHyper) == 200 && offsetof(DeviceHyper, live) == 64 &&
-              offsetof(DeviceHyper, grad_factor) == 192);
-static_assert(sizeof(PrepareSlot) == 40 && offsetof(PrepareSlot, host_step) == 16 &&
-              offsetof(PrepareSlot, first) == 24 && offsetof(PrepareSlot, host_first) == 32 &&
-              offsetof(PrepareSlot, hyper) == 36);
-
 struct PrepareTable {
   const PrepareSlot* prepare;
   const DeviceHyper* hypers;

@@ -51,16 +51,6 @@ struct DeviceLayout {
   int64_t strides[kMaxArrays][kMaxDims];
 };
 
-// triton_kernels/multi_tensor.py reads these structs at the same places.
-static_assert(sizeof(DeviceRow) == 80 && offsetof(DeviceRow, grad) == 8 &&
-              offsetof(DeviceRow, state) == 16 && offsetof(DeviceRow, norm_block) == 56 &&
-              offsetof(DeviceRow, slot) == 64 && offsetof(DeviceRow, layout) == 68 &&
-              offsetof(DeviceRow, width) == 72 && offsetof(DeviceRow, head) == 76);
-static_assert(sizeof(DeviceChunk) == 16 && offsetof(DeviceChunk, count) == 8 &&
-              offsetof(DeviceChunk, row) == 12);
-static_assert(sizeof(DeviceLayout) == 4104 && offsetof(DeviceLayout, sizes) == 8 &&
-              offsetof(DeviceLayout, strides) == 520 && sizeof(DeviceLayout::strides[0]) == 512);
-
 // Everything a launch reads besides the arrays. Pointers into device memory.
 struct DeviceTable {
   const DeviceRow* rows;

@@ -1,6 +1,7 @@
 #include "plan/triton.h"
 
 #include <bit>
+#include <cstddef>
 
 namespace fusedopt {
 
@@ -13,6 +14,13 @@ int64_t bits(double value) { return std::bit_cast<int64_t>(value); }
 
 }  // namespace
 
+template <class... Arguments>
+cuda::Status TritonLauncher::launch(const char* kind, const pybind11::tuple& key, int64_t count,
+                                    cuda::Stream stream, const Arguments&... arguments) {
+  kernels_.attr("launch")(kind, key, count, address(stream), arguments...);
+  return nullptr;
+}
+
 int TritonLauncher::multiprocessors() { return kernels_.attr("multiprocessors")().cast<int>(); }
 
 cuda::Status TritonLauncher::load(const StorageTuple& storage, int rule, int variant) {
@@ -23,42 +31,92 @@ cuda::Status TritonLauncher::load(const StorageTuple& storage, int rule, int var
 cuda::Status TritonLauncher::update(const StorageTuple& storage, int rule, int variant,
                                     const cuda::DeviceTable& table, const cuda::Scaler& scaler,
                                     const Pass& pass, cuda::Stream stream) {
-  kernels_.attr("update")(rule, variant, int(storage.param), int(storage.grad), int(storage.state),
-                          address(table.rows), address(table.chunks), address(table.layouts),
-                          address(table.slots), table.chunk_count, address(scaler.grad_scale),
-                          address(scaler.found_inf), address(pass.verdict), pass.zero_grads,
-                          address(stream));
-  return nullptr;
+  const auto key = pybind11::make_tuple(rule, variant, int(storage.param), int(storage.grad),
+                                        int(storage.state));
+  return launch("update", key, table.chunk_count, stream, address(table.rows),
+                address(table.chunks), address(table.layouts), address(table.slots),
+                table.chunk_count, address(scaler.grad_scale), address(scaler.found_inf),
+                address(pass.verdict), pass.zero_grads);
 }
 
 cuda::Status TritonLauncher::prepare(int rule, bool in_double, const cuda::PrepareTable& table,
                                      const cuda::Scaler& scaler, const Verdict* verdict,
                                      cuda::Stream stream) {
-  kernels_.attr("prepare")(rule, in_double, address(table.prepare), address(table.hypers),
-                           address(table.slots), table.slot_count, address(scaler.found_inf),
-                           address(verdict), address(stream));
-  return nullptr;
+  return launch("prepare", pybind11::make_tuple(rule, in_double), table.slot_count, stream,
+                address(table.prepare), address(table.hypers), address(table.slots),
+                address(scaler.found_inf), address(verdict));
 }
 
 cuda::Status TritonLauncher::norm(const StorageTuple& storage, const cuda::DeviceTable& table,
                                   const cuda::Measure& measure, const Question& question,
                                   cuda::Stream stream) {
-  kernels_.attr("norm")(
-      int(storage.param), int(storage.grad), address(table.rows), address(table.chunks),
-      address(table.layouts), table.chunk_count, address(measure.blocks), measure.block_count,
-      address(measure.total), address(measure.verdict), measure.last, measure.decides,
-      int(question.purpose), question.check, question.mean, question.grads, bits(question.max_norm),
-      bits(question.weight), address(question.live_weight), address(question.grad_scale),
-      address(question.found_inf), address(stream));
-  return nullptr;
+  return launch(
+      "norm", pybind11::make_tuple(int(storage.param), int(storage.grad)), table.chunk_count,
+      stream, address(table.rows), address(table.chunks), address(table.layouts), table.chunk_count,
+      address(measure.blocks), measure.block_count, address(measure.total),
+      address(measure.verdict), measure.last, measure.decides, int(question.purpose),
+      question.check, question.mean, question.grads, bits(question.max_norm), bits(question.weight),
+      address(question.live_weight), address(question.grad_scale), address(question.found_inf));
 }
 
 cuda::Status TritonLauncher::accumulate(const StorageTuple& storage, const cuda::DeviceTable& table,
                                         const Pass& pass, cuda::Stream stream) {
-  kernels_.attr("accumulate")(int(storage.param), int(storage.grad), address(table.rows),
-                              address(table.chunks), address(table.layouts), table.chunk_count,
-                              address(pass.verdict), pass.zero_grads, address(stream));
-  return nullptr;
+  return launch("accumulate", pybind11::make_tuple(int(storage.param), int(storage.grad)),
+                table.chunk_count, stream, address(table.rows), address(table.chunks),
+                address(table.layouts), table.chunk_count, address(pass.verdict), pass.zero_grads);
+}
+
+pybind11::dict layout() {
+  using cuda::DeviceChunk, cuda::DeviceHyper, cuda::DeviceLayout, cuda::DeviceNumber,
+      cuda::DeviceRow, cuda::PrepareSlot;
+  pybind11::dict places;
+  const auto set = [&](const char* name, int64_t place) { places[name] = place; };
+  set("ACCUMULATOR", 2 + kAccumulator);
+  set("AVERAGE", 2 + kAverage);
+  set("ACCESS_BYTES", cuda::kAccessBytes);
+  set("ROW_BYTES", sizeof(DeviceRow));
+  set("ROW_NORM_BLOCK", offsetof(DeviceRow, norm_block));
+  set("ROW_SLOT", offsetof(DeviceRow, slot));
+  set("ROW_LAYOUT", offsetof(DeviceRow, layout));
+  set("ROW_WIDTH", offsetof(DeviceRow, width));
+  set("ROW_HEAD", offsetof(DeviceRow, head));
+  set("CHUNK_BYTES", sizeof(DeviceChunk));
+  set("CHUNK_COUNT", offsetof(DeviceChunk, count));
+  set("CHUNK_ROW", offsetof(DeviceChunk, row));
+  set("LAYOUT_BYTES", sizeof(DeviceLayout));
+  set("LAYOUT_SIZES", offsetof(DeviceLayout, sizes));
+  set("LAYOUT_STRIDES", offsetof(DeviceLayout, strides));
+  set("LAYOUT_ARRAY", sizeof(DeviceLayout::strides[0]));
+  set("PREPARE_BYTES", sizeof(PrepareSlot));
+  set("PREPARE_HOST_STEP", offsetof(PrepareSlot, host_step));
+  set("PREPARE_FIRST", offsetof(PrepareSlot, first));
+  set("PREPARE_HOST_FIRST", offsetof(PrepareSlot, host_first));
+  set("PREPARE_HYPER", offsetof(PrepareSlot, hyper));
+  set("HYPER_BYTES", sizeof(DeviceHyper));
+  set("HYPER_LIVE", offsetof(DeviceHyper, live));
+  set("HYPER_GRAD_FACTOR", offsetof(DeviceHyper, grad_factor));
+  set("NUMBER_BYTES", sizeof(DeviceNumber));
+  set("NUMBER_IS_DOUBLE", offsetof(DeviceNumber, is_double));
+  set("VERDICT_WEIGHT", offsetof(Verdict, weight));
+  set("VERDICT_NORM", offsetof(Verdict, norm));
+  set("VERDICT_FACTOR64", offsetof(Verdict, factor64));
+  set("VERDICT_IN64", offsetof(Verdict, in64));
+  set("VERDICT_EMA_DECAY64", offsetof(Verdict, ema_decay64));
+  set("VERDICT_EMA_REST64", offsetof(Verdict, ema_rest64));
+  set("VERDICT_FACTOR32", offsetof(Verdict, factor32));
+  set("VERDICT_IN32", offsetof(Verdict, in32));
+  set("VERDICT_EMA_DECAY32", offsetof(Verdict, ema_decay32));
+  set("VERDICT_EMA_REST32", offsetof(Verdict, ema_rest32));
+  set("VERDICT_NORM32", offsetof(Verdict, norm32));
+  set("VERDICT_TAKE", offsetof(Verdict, take));
+  set("VERDICT_SKIP", offsetof(Verdict, skip));
+  set("VERDICT_TICKET", offsetof(Verdict, ticket));
+  set("NORM_BLOCK", kNormBlock);
+  set("NORM_CLASSES", kNormClasses);
+  set("SUMS_BYTES", sizeof(NormSums));
+  set("ACCUMULATE", int(Purpose::kAccumulate));
+  set("CLOSE", int(Purpose::kClose));
+  return places;
 }
 
 }  // namespace fusedopt

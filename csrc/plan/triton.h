@@ -7,8 +7,12 @@
 
 namespace fusedopt {
 
+// Sizes of structs in device memory, places in them and constants, by the names that kernels in Triton
+// give them. Python has them from here alone.
+pybind11::dict layout();
+
 // Gives a launch's numbers and addresses to `kernels`, an object with the methods multiprocessors,
-// load, update, prepare, norm and accumulate. Called with the GIL held; what they raise passes through.
+// load and launch. Called with the GIL held; what they raise passes through.
 class TritonLauncher final : public cuda::GpuLauncher {
  public:
   explicit TritonLauncher(pybind11::object kernels) : kernels_(std::move(kernels)) {}
@@ -28,6 +32,11 @@ class TritonLauncher final : public cuda::GpuLauncher {
                           const Pass& pass, cuda::Stream stream) override;
 
  private:
+  // By the kernel's kind and what an instance of it is compiled for. `count` are chunks, or slots.
+  template <class... Arguments>
+  cuda::Status launch(const char* kind, const pybind11::tuple& key, int64_t count,
+                      cuda::Stream stream, const Arguments&... arguments);
+
   pybind11::object kernels_;
 };
 

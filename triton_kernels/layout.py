@@ -1,0 +1,14 @@
+"""Where the numbers lie that the host writes and kernels read: constants out of the extension.
+
+A table is the byte image that ``csrc/cuda/image.h`` makes of the structs in ``csrc/cuda/table.h``
+and ``csrc/cuda/prepare.h``; a verdict is that of ``csrc/core/onepass.h``. `layout` in
+``csrc/plan/triton.cpp`` has the names, so that no number is written twice.
+"""
+
+import triton.language as tl
+
+from fusedopt import _C
+
+globals().update({name: tl.constexpr(place) for name, place in _C.layout().items()})
+# A row's arrays by their place: the parameter is 0, states follow the gradient.
+GRAD = tl.constexpr(1)
