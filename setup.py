@@ -229,7 +229,7 @@ for root, folder in FOLDERS.items():
 setuptools.setup(
     packages=packages,
     package_dir=FOLDERS,
-    package_data={"fusedopt": ["py.typed", "*.pyi"], "fusedopt.bench": ["*.c"]},
+    package_data={"fusedopt": ["py.typed", "*.pyi"], "fusedopt.bench": ["*.c", "*.jinja"]},
     ext_modules=[extension],
     cmdclass={"build_ext": BuildExtension},
 )

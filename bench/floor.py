@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .machine import cpu_name
+from .rows import cpu_name
 
 SOURCE = Path(__file__).with_name("floor.c")
 FLAGS = "-O3 -march=native -fopenmp -shared -fPIC"

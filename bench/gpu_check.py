@@ -6,13 +6,13 @@
 
 builds the extension for this GPU's architecture, runs the tests that need a GPU, times the step
 beside torch's own and beside a kernel of the same traffic, alone and with the passes that torch
-needs around it, compares every rule with the CPU backend
-bit by bit, and runs compute-sanitizer. It needs torch, nvcc and what the tests need (pytest, numpy,
-rich), and fetches nothing; with pytest-xdist the tests run in several processes. DIR/gpu_check.json
+needs around it, compares every rule with the CPU backend bit by bit, and runs compute-sanitizer. It
+needs torch, nvcc and what the tests need (pytest, numpy, rich), and fetches nothing; with
+pytest-xdist the tests run in several processes. DIR/gpu_check.jsonl, a row a line as all results,
 is written after every part, and DIR/<part>.log has all that its commands printed; a part that fails
 or cannot run is named and does not stop the others. The tables come last.
 
-``--parts tests,bits`` runs some of the parts, on what is built already unless ``build`` is among
+``--parts tests bits`` runs some of the parts, on what is built already unless ``build`` is among
 them. ``--rehearse`` does without a GPU what can be done without one: it compiles the CUDA part,
 and runs the other parts briefly on the CPU.
 """
@@ -44,7 +44,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-FILE = "gpu_check.json"
+FILE = "gpu_check.jsonl"
 Part = dict[str, Any]
 # Tests that have a GPU's half.
 SUITES = ("device", "cuda", "onepass", "accumulation", "in_backward", "pin_batch", "prefetcher",
@@ -104,19 +104,16 @@ def run(command: list[str], limit: float, log: Path, **environment: str) -> Done
 
 
 class Check:
-    """One run: what it found so far, and where that is written."""
+    """One run: the rows it found so far, and where they are written."""
 
-    def __init__(self, out: Path, rehearse: bool, minutes: float) -> None:
+    def __init__(self, out: Path, rehearse: bool, minutes: float, revision: str | None) -> None:
         self.out = out
         self.rehearse = rehearse
         self.end = time.monotonic() + 60 * minutes
-        self.result: dict[str, Any] = {"machine": machine(), "rehearsal": rehearse, "parts": {}}
+        told = machine()
+        self.revision = told["revision"] = revision or told["revision"]
+        self.rows: list[Part] = [{"job": "machine", "rehearsal": rehearse, **told}]
         self.log = out / "check.log"
-
-    def write(self) -> None:
-        """Writes everything found so far."""
-        path = self.out / FILE
-        path.write_text(json.dumps(self.result, indent=1) + "\n")
 
     def part(self, name: str, function: Callable[[float], Part]) -> Part:
         """Runs a part within its limit and what is left of the whole; keeps what it found."""
@@ -125,17 +122,22 @@ class Check:
         self.log = self.out / f"{re.sub('[^a-z0-9]+', '-', name)}.log"
         self.log.unlink(missing_ok=True)
         print(f"{name} ...", flush=True)
+        found: Part = {"job": "part", "part": name, "status": "passed"}
         try:
             if limit < 5:
                 raise NotRunError("no time left")
-            found = {"status": "passed", **function(limit)}
+            found |= function(limit)
         except NotRunError as reason:
-            found = {"status": "not run", "reason": str(reason)}
+            found |= {"status": "not run", "reason": str(reason)}
         except Exception as error:  # a failing part must not take the others with it
-            found = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+            found |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
         found["seconds"] = round(time.monotonic() - start, 1)
-        self.result["parts"][name] = found
-        self.write()
+        rows = [{**row, "revision": self.revision} for row in found.pop("rows", [])]
+        if self.rehearse:
+            rows = [{**row, "rehearsal": True} for row in rows]
+        self.rows += [found, *rows]
+        lines = [json.dumps(row, separators=(",", ":")) for row in self.rows]
+        (self.out / FILE).write_text("".join(f"{line}\n" for line in lines))
         said = f": {found['reason'].strip().splitlines()[-1]}" if found.get("reason") else ""
         print(f"  {found['status']} in {found['seconds']:.0f} s{said}", flush=True)
         return found
@@ -193,7 +195,7 @@ class Check:
                 reason = done.tail() if done.failed else ""
             except NotRunError as cut:
                 reason = str(cut)
-            rows = json.loads(file.read_text()) if file.exists() else []
+            rows = rows_in(file)
         return {"rows": rows, **({"status": "failed", "reason": reason} if reason else {})}
 
     def graphs(self, limit: float) -> Part:
@@ -233,7 +235,7 @@ class Check:
             file = Path(folder, "rows.json")
             done = run([*command, str(file), f"--seconds={limit / 2:.0f}"], limit, self.log,
                        PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # fmt: skip
-            rows = json.loads(file.read_text()) if file.exists() else []
+            rows = rows_in(file)
         found = sanitized(done.output)
         if found is None:
             raise NotRunError(f"it could not attach: {done.tail(3)}")
@@ -241,10 +243,14 @@ class Check:
         return {
             **found,
             "counts": Counter(f"{row['backend']} rules" for row in rows),
-            "rows": rows,
             **({"status": "failed"} if failed else {}),
             **({"reason": done.tail()} if failed or found["errors"] else {}),
         }
+
+
+def rows_in(file: Path) -> list[Part]:
+    """The rows of a file that may not be there."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def sanitized(output: str) -> Part | None:
@@ -263,14 +269,14 @@ def sanitized(output: str) -> Part | None:
 def machine() -> dict[str, Any]:
     """Device, driver, versions and revision."""
     told: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "git_revision": first_line("git", "describe", "--always", "--dirty", "--exclude", "*"),
+        "revision": first_line("git", "describe", "--always", "--dirty", "--exclude", "*"),
         "nvcc": first_line("nvcc", "--version", pattern=r"release ([\d.]+)"),
         "triton": None,
-        "device": None,
+        "machine": None,
     }
     try:
         import triton
@@ -281,7 +287,7 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         told |= {
-            "device": properties.name,
+            "machine": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
@@ -302,148 +308,33 @@ def first_line(*command: str, pattern: str = "(.*)") -> str | None:
     return found.group(1).strip() if found else None
 
 
-# ---- what was promised ---------------------------------------------------------------------------
+def show(rows: Sequence[Part]) -> None:
+    """Prints the tables; without a built package, that of the parts alone."""
+    console = Console(width=150)
+    with contextlib.suppress(ImportError):
+        from fusedopt.bench import report, tables
+        from fusedopt.bench.rows import grouped, steps
 
+        def of(job: str) -> list[Part]:
+            return [row for row in rows if row["job"] == job and "missing" not in row]
 
-def figure(result: dict[str, Any], workload: str, optimizer: str = "AdamW") -> Part | None:
-    """The row of a workload, None if it was not measured on a GPU."""
-    rows = [] if result["rehearsal"] else result["parts"].get("figures", {}).get("rows", [])
-    found = [r for r in rows if r["workload"] == workload and r["optimizer"] == optimizer]
-    return found[0] if found else None
-
-
-def promises(result: dict[str, Any]) -> list[tuple[str, float | None, str, float]]:
-    """(what, measured, at least or at most, wanted), measured None where it was not."""
-
-    def of(row: Part | None, value: Callable[[Part], float]) -> float | None:
-        try:
-            return None if row is None else value(row)
-        except KeyError:
-            return None
-
-    def wall(row: Part) -> float:
-        return row["step_ms"]["fusedopt"]["median"]
-
-    def device_time(row: Part, name: str = "fusedopt") -> float:
-        return row["device"][name]["device_us"]
-
-    loads = result["parts"].get("load", {}).get("rows", [])
-    sizes = [row for row in loads if row.get("batch_mib", 0) >= 4]
-    replays = result["parts"].get("graphs", {}).get("rows", [])
-    replayed = next((row for row in replays if row["workload"] == "swarm"), None)
-    billion, swarm = figure(result, "billion"), figure(result, "swarm")
-    groups, thousand = figure(result, "groups"), figure(result, "thousand")
-    rmsprop, one = figure(result, "hundred", "RMSprop"), figure(result, "one")
-    most, least = "at most", "at least"
-    return [
-        ("AdamW, 1B elements: share of the floor's speed",
-         of(billion, lambda row: row["device"]["floor"]["device_us"] / device_time(row)),
-         least, 0.92),
-        ("AdamW, 1B elements: times torch fused",
-         of(billion, lambda row: row["step_ms"]["torch-fused"]["median"] / wall(row)), least, 1.05),
-        ("AdamW, 1B elements: Triton's share of CUDA's speed",
-         of(billion, lambda row: device_time(row) / device_time(row, "fusedopt-triton")),
-         least, 0.95),
-        ("AdamW, 10,000 x 64: ms wall", of(swarm, wall), most, 0.6),
-        ("AdamW, 10,000 x 64: us on the host that Triton takes more",
-         of(swarm, lambda row: row["device"]["fusedopt-triton"]["host_us"]
-            - row["device"]["fusedopt"]["host_us"]), most, 30),
-        ("AdamW, 10,000 x 64 in a graph: ms",
-         of(replayed, lambda row: row["replay_ms"]["fusedopt"]), most, 0.1),
-        ("AdamW, 1,000 x 1,024: ms wall", of(thousand, wall), most, 0.12),
-        ("AdamW, 465 groups of one: ms wall", of(groups, wall), most, 0.25),
-        ("AdamW, 1M elements: us on the device", of(one, device_time), most, 9),
-        ("RMSprop, 100M elements: times torch's best",
-         of(rmsprop, lambda row: row["ratios"]["best_torch_over_fusedopt"]["median"]), least, 2.3),
-        ("AdamW, 10,000 x 64: launches",
-         of(swarm, lambda row: row["device"]["fusedopt"]["kernels"]), most, 1),
-        ("AdamW, 465 groups of one: launches",
-         of(groups, lambda row: row["device"]["fusedopt"]["kernels"]), most, 1),
-        ("batches of 4 MiB and more: share of a pinned memcpy's rate",
-         min((row["prefetcher_over_memcpy"]["median"] for row in sizes), default=None),
-         least, 0.95),
-    ]  # fmt: skip
-
-
-def columns(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
-    """An empty table: words to the left, numbers to the right."""
-    table = Table(*words, title=title)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
-
-
-def show(result: dict[str, Any]) -> None:
-    """Prints the tables."""
-    console = Console(width=120)
-    rows = result["parts"].get("figures", {}).get("rows", [])
-    words = ("workload", "optimizer", "dtype")
-    if rows:
-        names = list(dict.fromkeys(name for row in rows for name in row["step_ms"]))
-        table = columns("wall milliseconds a step, medians", words, names)
-        for row in rows:
-            times = [f"{row['step_ms'][n]['median']:.3f}" if n in row["step_ms"] else "-"
-                     for n in names]  # fmt: skip
-            table.add_row(*(row[word] for word in words), *times)
-        console.print(table)
-    if rows and not result["rehearsal"]:
-        told = ("kernels", "copies", "device_us", "host_us")
-        table = columns("one step on the device", (*words, "library"), told)
-        for row in rows:
-            for name, seen in row["device"].items():
-                table.add_row(*(row[word] for word in words), name,
-                              *(f"{seen[key]:.1f}" for key in told))  # fmt: skip
-        console.print(table)
-    show_pipeline(console, result)
-    if loads := result["parts"].get("load", {}).get("rows", []):
-        from fusedopt.bench.loading import transfer_table  # measured, so it is built by now
-
-        console.print(transfer_table(loads))
-    table = columns("promises", ("promise", "wanted"), ("measured", ""))
-    for what, measured, bound, wanted in promises(result):
-        if measured is None:
-            table.add_row(what, f"{bound} {wanted}", "-", "not measured")
-            continue
-        kept = measured >= wanted if bound == "at least" else measured <= wanted
-        table.add_row(what, f"{bound} {wanted}", f"{measured:.3g}", "kept" if kept else "NOT KEPT")
-    console.print(table)
-    device = result["machine"]["device"] or "no GPU: a rehearsal"
-    table = Table("part", "status", "seconds", "what", title=f"on {device}")
-    for name, part in result["parts"].items():
-        said = part.get("reason", "") or ", ".join(
-            f"{count} {key}" for key, count in part.get("counts", {}).items()
-        )
+        made = [tables.step_table(found) for found in grouped(of("step"), "workload").values()]
+        made += [tables.pipeline_table(found)
+                 for found in grouped(of("pipeline"), "workload").values()]  # fmt: skip
+        if steps(rows):
+            words = ["workload", "optimizer", "dtype", "provider"]
+            made.append(tables.device_table(of("step"), words))
+            made.append(tables.device_table(of("pipeline"), ["workload", "chain", "provider"]))
+        if of("transfer"):
+            made.append(tables.transfer_table(of("transfer")))
+        for table in [*made, report.goals(rows)]:
+            console.print(table.to_rich())
+    table = Table("part", "status", "seconds", "what", title=rows[0]["machine"] or "a rehearsal")
+    for part in [row for row in rows if row["job"] == "part"]:
+        counts = part.get("counts", {})
+        said = part.get("reason") or ", ".join(f"{count} {key}" for key, count in counts.items())
         last = (said.strip().splitlines() or [""])[-1]
-        table.add_row(name, part["status"], f"{part['seconds']:.0f}", last[:70])
-    console.print(table)
-
-
-def show_pipeline(console: Console, result: dict[str, Any]) -> None:
-    """Prints the pipeline job's tables."""
-    rows = result["parts"].get("pipeline", {}).get("rows", [])
-    if not rows:
-        return
-    words = ("workload", "chain")
-    stages = list(dict.fromkeys(name for row in rows for name in row["stage_ms"]))
-    entrants = ("torch", "fusedopt", "floor")
-    ratios = ("torch_over_fusedopt", "fusedopt_over_floor")
-    heads = [*stages, *entrants, "torch / fusedopt", "fusedopt / floor"]
-    table = columns("AdamW and what is around it: wall milliseconds, medians", words, heads)
-    for row in rows:
-        times = [f"{row['stage_ms'][n]['median']:.3f}" if n in row["stage_ms"] else "-"
-                 for n in stages]  # fmt: skip
-        times += [f"{row['chain_ms'][name]['median']:.3f}" for name in entrants]
-        times += [f"{row['ratios'][name]['median']:.2f}" for name in ratios]
-        table.add_row(*(row[word] for word in words), *times)
-    console.print(table)
-    if result["rehearsal"]:
-        return
-    told = ("kernels", "copies", "device_us", "host_us")
-    table = columns("one of them on the device", (*words, "by"), told)
-    for row in rows:
-        for name, seen in row["device"].items():
-            table.add_row(*(row[word] for word in words), name,
-                          *(f"{seen[key]:.1f}" for key in told))  # fmt: skip
+        table.add_row(part["part"], part["status"], f"{part['seconds']:.0f}", last[:70])
     console.print(table)
 
 
@@ -453,28 +344,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help=f"folder that {FILE} and the logs go to")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, what can be done")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all parts (default: 9.5)")
-    parser.add_argument(
-        "--parts",
-        type=lambda text: text.split(","),
-        default=list(LIMITS),
-        metavar="LIST",
-        help=f"some of {', '.join(LIMITS)} (default: all)",
-    )
+    parser.add_argument("--parts", nargs="+", choices=[*LIMITS], default=[*LIMITS], metavar="PART",
+                        help=f"some of {', '.join(LIMITS)} (default: all)")  # fmt: skip
     parser.add_argument("--revision", help="of the sources, where there is no git to ask")
     options = parser.parse_args(arguments)
-    for name in options.parts:
-        if name not in LIMITS:
-            parser.error(f"--parts: unknown part {name!r}; wanted: some of {', '.join(LIMITS)}")
     if not options.rehearse and not torch.cuda.is_available():
         print(
             "torch sees no CUDA device; --rehearse does what can be done without", file=sys.stderr
         )
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    check = Check(options.out.resolve(), options.rehearse, options.minutes)
-    if options.revision:
-        check.result["machine"]["git_revision"] = options.revision
-    print(json.dumps(check.result["machine"], indent=1), flush=True)
+    check = Check(options.out.resolve(), options.rehearse, options.minutes, options.revision)
+    print(json.dumps(check.rows[0], indent=1), flush=True)
     wanted = options.parts
     if "build" in wanted:
         built = check.part("build", check.build)
@@ -500,8 +381,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, part in parts.items():
         if name.partition(":")[0] in wanted:
             check.part(name, part)
-    show(check.result)
-    return int(any(part["status"] == "failed" for part in check.result["parts"].values()))
+    show(check.rows)
+    return int(any(row.get("status") == "failed" for row in check.rows))
 
 
 if __name__ == "__main__":

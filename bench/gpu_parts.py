@@ -7,7 +7,7 @@ a row at a time, so that a part which is cut off keeps what it measured.
 from __future__ import annotations
 
 import argparse
-import json
+import inspect
 import math
 import statistics
 import sys
@@ -21,14 +21,11 @@ import torch
 import fusedopt
 from fusedopt._extension import _C
 
-from . import load, optimizers, pipeline, step
-from .contestant import Contestant
-from .device import host_microseconds, look, profile
-from .providers import OWN, PROVIDERS, OptimizerProvider
+from . import load, optimizers, pipeline, rows, step
+from .providers import OWN, PROVIDERS, imported
+from .rows import Row
 from .timing import time_once
 from .workloads import WORKLOADS
-
-Result = dict[str, Any]
 
 # (workload, optimizer, dtype), by what they are worth if the time runs out.
 FIGURES = (
@@ -62,69 +59,45 @@ SECONDS = 1.5  # that a step may take over all rounds before it sits some out
 # ---- how long a step takes -----------------------------------------------------------------------
 
 
-def figures(device: str, rehearse: bool) -> Iterator[Result]:
+def figures(device: str, rehearse: bool) -> Iterator[Row]:
     """Times of the step beside torch's and beside a kernel of the same traffic."""
     for workload, optimizer, dtype in FIGURES:
         if rehearse and workload not in ("one", "groups"):
             continue
-        row = step.Row(step.Task(workload, optimizer, dtype, device))
-        seen: dict[str, Result] = {}
-
-        def inspect(name: str, contestant: Contestant, seen: dict[str, Result] = seen) -> None:
-            if device == "cuda":
-                seen[name] = look(contestant.step)
-
         wanted = list(OWN)  # the Triton kernels too
         if workload == "billion":  # the temporaries of foreach, torch's default on a GPU, are large
             wanted = [name for name in wanted if name not in ("torch-default", "torch-foreach")]
-        step.race_row(row, gradients(row, device), wanted, 2 if rehearse else ROUNDS, SECONDS,
-                      lambda label: None, inspect)  # fmt: skip
-        yield {**row.to_json(), "device": seen}
+        task = step.Task(workload, optimizer, dtype, device)
+        for found in step.measure([task], wanted, 2 if rehearse else ROUNDS, SECONDS):
+            yield from found
         if device == "cuda":
             torch.cuda.empty_cache()
 
 
-def chains(device: str, rehearse: bool) -> Iterator[Result]:
+def chains(device: str, rehearse: bool) -> Iterator[Row]:
     """Times of the step and what is around it, as torch's chain and as one call."""
     for workload, chain in CHAINS:
         if rehearse and workload != "one":
             continue
-        row = pipeline.Row(pipeline.Task(workload, chain, "AdamW", device))
-        seen: dict[str, Result] = {}
-
-        def inspect(name: str, entrant: pipeline.Entrant, seen: dict[str, Result] = seen) -> None:
-            if device == "cuda":
-                host = host_microseconds(entrant.call, before=entrant.restore)
-                told = profile(entrant.call, 1, entrant.restore)
-                seen[name] = {**told, "host_us": host}
-
-        master = pipeline.scaled_gradients(row.task)
-        pipeline.race_row(row, master, 2 if rehearse else ROUNDS, SECONDS, lambda label: None,
-                          inspect)  # fmt: skip
-        yield {**row.to_json(), "device": seen}
+        task = pipeline.Task(workload, chain, "AdamW", device)
+        for found in pipeline.measure([task], 2 if rehearse else ROUNDS, SECONDS):
+            yield from found
         if device == "cuda":
-            del master
             torch.cuda.empty_cache()
 
 
-def gradients(row: step.Row, device: str) -> list[torch.Tensor]:
-    """Those of the step job."""
-    return step.make_gradients(row.workload, step.DTYPES[row.task.dtype], device)
-
-
-def graphs(device: str, rehearse: bool) -> Iterator[Result]:
+def graphs(device: str, rehearse: bool) -> Iterator[Row]:
     """The step captured in a CUDA graph, replayed."""
     for workload in ("swarm", "thousand"):
-        times = {}
         for name in ("fusedopt", "fusedopt-triton", "torch-fused"):
             provider = PROVIDERS[name]
-            assert isinstance(provider, OptimizerProvider)
             grads = step.make_gradients(WORKLOADS[workload], torch.float32, device)
             params = [torch.nn.Parameter(grad.clone()) for grad in grads]
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
-            flags = {"fused": True, "capturable": True, **provider.keywords}
-            made = provider.namespace.AdamW(params, lr=optimizers.STEP_LR, **flags)
+            flags = {"fused": True, "capturable": True} | provider.keywords
+            cls = imported(f"{provider.library}.AdamW")
+            made = cls(params, lr=optimizers.STEP_LR, **flags)
             made.step()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -132,29 +105,18 @@ def graphs(device: str, rehearse: bool) -> Iterator[Result]:
                 made.step()
             for _ in range(3):
                 graph.replay()
-            times[name] = statistics.median(time_once(graph.replay) for _ in range(50)) * 1e3
-        yield {"workload": workload, "optimizer": "AdamW", "replay_ms": times}
+            ms = statistics.median(time_once(graph.replay) for _ in range(50)) * 1e3
+            yield {"job": "graph", "workload": workload, "optimizer": "AdamW",
+                   "dtype": "float32", "provider": name, "ms": ms}  # fmt: skip
 
 
-def transfers(device: str, rehearse: bool) -> Iterator[Result]:
+def transfers(device: str, rehearse: bool) -> Iterator[Row]:
     """Rates of batches on their way to the device, beside a memcpy's."""
     for size in load.TRANSFERS:
         yield load.transfer(size)
 
 
 # ---- the same bits -------------------------------------------------------------------------------
-
-
-def variants(name: str) -> Iterator[dict[str, Any]]:
-    """Keywords for every formula of an optimizer, by the flags of its signature."""
-    flags: dict[str, list[dict[str, Any]]] = {
-        "SGD": [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}],
-        "RMSprop": [{}, {"momentum": 0.9}, {"centered": True}, {"momentum": 0.9, "centered": True}],
-        "Adam": [{}, {"amsgrad": True}],
-        "AdamW": [{}, {"amsgrad": True}],
-    }
-    for kwargs in flags.get(name, [{}]):
-        yield {"lr": 0.01, "weight_decay": 0.1, **kwargs}
 
 
 SIZES = (0, 1, 7, 64, 4097, 70_001, 1_000_003)
@@ -166,7 +128,7 @@ def trajectory(
     """All parameters and states after a few steps of every formula of an optimizer."""
     where = "cpu" if backend == "cpu" else "cuda"
     found: list[torch.Tensor] = []
-    for kwargs in variants(name):
+    for kwargs in optimizers.variants(name):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(n).to(where, dtype)) for n in SIZES]
         kinds = {"backend": backend, "state_dtype": state_dtype}
@@ -181,7 +143,7 @@ def trajectory(
     return found
 
 
-def bits(device: str, rehearse: bool) -> Iterator[Result]:
+def bits(device: str, rehearse: bool) -> Iterator[Row]:
     """Every rule and storage type by every backend and by the CPU's, element by element."""
     backends = ("cpu",) if rehearse else ("cuda", "triton")
     for name in optimizers.names():
@@ -195,7 +157,7 @@ def bits(device: str, rehearse: bool) -> Iterator[Result]:
             for backend in backends:
                 found = trajectory(name, backend, *kinds)
                 pairs = [(a.view(-1), b.view(-1)) for a, b in zip(found, wanted, strict=True)]
-                yield {"optimizer": name, "backend": backend, "dtype": str(dtype),
+                yield {"job": "bits", "optimizer": name, "backend": backend, "dtype": str(dtype),
                        "state_dtype": str(state_dtype),
                        "compared": sum(a.numel() for a, _ in pairs),
                        "differing": sum(int((a != b).sum()) for a, b in pairs)}  # fmt: skip
@@ -220,7 +182,7 @@ def drive_some(name: str, device: str, dtype: torch.dtype, **kwargs: Any) -> Non
             made.step()
 
     steps(getattr(fusedopt, name)(params, **kwargs), 2)
-    if name not in ("Adagrad", "RMSprop"):  # torch has no fused step of them
+    if "fused" in inspect.signature(getattr(torch.optim, name)).parameters:
         made = getattr(fusedopt, name)(params, fused=True, **kwargs)
         made.grad_scale = torch.full((), 2.0, device=device)
         made.found_inf = torch.zeros((), device=device)
@@ -228,7 +190,7 @@ def drive_some(name: str, device: str, dtype: torch.dtype, **kwargs: Any) -> Non
     steps(getattr(fusedopt, name)(params, **IN_THE_STEP, **kwargs), 4)  # two windows
 
 
-def drive(device: str, rehearse: bool, seconds: float = math.inf) -> Iterator[Result]:
+def drive(device: str, rehearse: bool, seconds: float = math.inf) -> Iterator[Row]:
     """A short run of the paths of both backends' kernels, until `seconds` are over.
 
     How far it gets under compute-sanitizer nobody knows, and one that is cut off tells nothing.
@@ -240,9 +202,9 @@ def drive(device: str, rehearse: bool, seconds: float = math.inf) -> Iterator[Re
             for dtype in (torch.float32, torch.bfloat16):
                 if _now() > end:
                     return
-                for kwargs in variants(name):
+                for kwargs in optimizers.variants(name):
                     drive_some(name, device, dtype, backend=backend, **kwargs)
-                yield {"optimizer": name, "backend": backend, "dtype": str(dtype)}
+                yield {"job": "drive", "optimizer": name, "backend": backend, "dtype": str(dtype)}
 
 
 PARTS = {
@@ -266,11 +228,11 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cpu" if options.rehearse else "cuda"
     if not options.rehearse and _C.cuda_launcher() is None:
         parser.error("this build has no CUDA kernels; --rehearse runs on the CPU")
-    rows = []
+    found, where = [], rows.where(device)
     more = {"seconds": options.seconds} if options.part == "drive" else {}
     for row in PARTS[options.part](device, options.rehearse, **more):
-        rows.append(row)
-        options.file.write_text(json.dumps(rows))
+        found.append({**row, **where})
+        rows.write(options.file, found)
     return 0
 
 

@@ -1,29 +1,34 @@
 """The load job: how fast do batches come, and what of it does a GPU's loop notice?
 
-Feeds race round-robin in this process over rows in memory, an epoch each a round. On a GPU
-there is more to see: how close the way to the device comes to a memcpy from page-locked memory, how
-much of the copying hides behind a kernel, and what a batch costs the host.
+Feeds race round-robin in this process over rows in memory, an epoch of shuffled batches each a
+round: torch's loaders, torchdata's, a plain loop, ours, and a floor. To add one, append a function
+to ``FEEDS``. On a GPU there is more to see: how close the way to the device comes to a memcpy from
+page-locked memory, how much of it hides behind a kernel, and what a batch costs the host.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from timeit import default_timer
 from typing import Any
 
 import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from fusedopt.data import DevicePrefetcher, TensorLoader
 
-from . import feeds
-from .feeds import CANDIDATE, FEEDS, Rows
+from .rows import CANDIDATE, FLOOR, Row
 from .timing import Race, Stats, run_race, time_once
+
+Batch = list[torch.Tensor]
+Epoch = Callable[[], None]
 
 MIB = 2**20
 SETTLING = 0.5  # seconds for the threads of one feed, before the next
@@ -31,101 +36,200 @@ TRANSFERS = (1, 4, 16, 64)  # MiB of a batch
 BATCHES = 256  # of a pass over a batch size on a GPU: it begins once for all of them
 
 
-@dataclass
-class Row:
-    """What was measured of one set of rows.
+@dataclass(frozen=True)
+class Rows:
+    """A data set in memory, of rows of a shape and type, and how it is cut."""
 
-    Attributes:
-        work: the rows.
-        device: where batches went.
-        race: seconds an epoch, by feed and round.
-        apart: the same of feeds with threads or processes of their own, which slow down whoever
-            comes after them: they race against ours alone, afterwards.
-        unavailable: by feed that did not run, the reason.
-    """
+    name: str
+    summary: str
+    rows: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    batch_size: int
 
-    work: Rows
-    device: str
-    race: Race = field(default_factory=Race)
-    apart: Race = field(default_factory=Race)
-    unavailable: dict[str, str] = field(default_factory=dict)
+    def tensors(self) -> Batch:
+        """Random rows and labels, the same on every run."""
+        generator, shape = torch.Generator().manual_seed(0), (self.rows, *self.shape)
+        if self.dtype.is_floating_point:
+            rows = torch.empty(shape, dtype=self.dtype).uniform_(generator=generator)
+        else:
+            rows = torch.randint(0, 255, shape, generator=generator, dtype=self.dtype)
+        return [rows, torch.randint(0, 10, (self.rows,), generator=generator)]
 
     @property
-    def seconds(self) -> dict[str, Stats]:
-        """What an epoch takes, by feed; ours among those without threads."""
-        return {
-            name: race.stats(name)
-            for race in (self.apart, self.race)
-            for name in race.seconds
-            if race is self.race or name != CANDIDATE
-        }
+    def row_bytes(self) -> int:
+        """Of a row and its label."""
+        return self.dtype.itemsize * math.prod(self.shape) + torch.int64.itemsize
 
-    def ratio(self, name: str) -> Stats | None:
-        """A feed's epoch over ours in the same race; None if one of them did not run."""
-        race = self.race if name in self.race.seconds else self.apart
-        if name not in race.seconds or CANDIDATE not in race.seconds:
-            return None
-        return race.ratio(name, CANDIDATE)
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything measured, as it stands in a result file."""
-        seconds = self.seconds
-        medians = {name: stats.median for name, stats in seconds.items()}
-        return {
-            "workload": self.work.name,
-            "device": self.device,
-            "rows": self.work.rows,
-            "batch_size": self.work.batch_size,
-            "batch_bytes": self.work.batch_bytes,
-            "epoch_seconds": {name: asdict(stats) for name, stats in seconds.items()},
-            "samples_per_second": {n: self.work.rows / s for n, s in medians.items()},
-            "bytes_per_second": {n: self.work.epoch_bytes / s for n, s in medians.items()},
-            "over_fusedopt": {
-                n: asdict(ratio) for n in medians if (ratio := self.ratio(n)) is not None
-            },
-            "unavailable": self.unavailable,
-        }
+WORKLOADS = {
+    work.name: work
+    for work in (
+        Rows("mnist", "60,000 x 784, fp32", 60_000, (784,), torch.float32, 256),
+        Rows("images", "4,096 x 3 x 96 x 96, uint8", 4096, (3, 96, 96), torch.uint8, 128),
+        Rows("features", "16,384 x 4,096, fp32", 16_384, (4096,), torch.float32, 1024),
+        Rows("table", "200,000 x 16, fp32", 200_000, (16,), torch.float32, 1024),
+    )
+}
+
+
+# ---- the feeds: each makes an epoch's function of (device, data, work) ----
+
+
+def _drain(batches: Iterable[Any], device: str) -> None:
+    """Goes through batches, and waits for the last to arrive."""
+    for batch in batches:
+        if device != "cpu":
+            batch = [tensor.to(device, non_blocking=True) for tensor in batch]
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _dataloader(workers: int) -> Callable[[str, Batch, Rows], Epoch]:
+    def build(device: str, data: Batch, work: Rows) -> Epoch:
+        loader = DataLoader(
+            TensorDataset(*data), work.batch_size, shuffle=True, num_workers=workers,
+            pin_memory=device != "cpu", persistent_workers=workers > 0,
+        )  # fmt: skip
+        return lambda: _drain(loader, device)
+
+    return build
+
+
+def _batched(device: str, data: Batch, work: Rows) -> Epoch:
+    dataset = TensorDataset(*data)
+    sampler = BatchSampler(RandomSampler(dataset), work.batch_size, drop_last=False)
+    loader = DataLoader(dataset, batch_size=None, sampler=sampler, pin_memory=device != "cpu")
+    return lambda: _drain(loader, device)
+
+
+def _torchdata(device: str, data: Batch, work: Rows) -> Epoch:
+    from torchdata import nodes  # type: ignore[import-untyped]
+
+    dataset = TensorDataset(*data)
+    sampler = BatchSampler(RandomSampler(dataset), work.batch_size, drop_last=False)
+
+    def epoch() -> None:
+        # Anew each time, since one that is kept begins the next epoch in its threads at once.
+        node = nodes.ParallelMapper(
+            nodes.SamplerWrapper(sampler), dataset.__getitem__, num_workers=2, method="thread"
+        )
+        node = nodes.PinMemory(node) if device != "cpu" else node
+        _drain(nodes.Loader(node, restart_on_stop_iteration=False), device)
+
+    return epoch
+
+
+def _index_select(device: str, data: Batch, work: Rows) -> Epoch:
+    def batches() -> Iterator[Batch]:
+        for index in torch.randperm(work.rows).split(work.batch_size):
+            yield [tensor.index_select(0, index) for tensor in data]
+
+    return lambda: _drain(batches(), device)
+
+
+def _fusedopt(device: str, data: Batch, work: Rows) -> Epoch:
+    loader = TensorLoader(*data, batch_size=work.batch_size, shuffle=True, device=device)
+
+    def epoch() -> None:
+        for batch in loader:
+            del batch
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return epoch
+
+
+def _floor(device: str, data: Batch, work: Rows) -> Epoch:
+    """The same bytes, batch by batch, by memcpy: into one buffer, or from one to the GPU."""
+    made = [torch.zeros_like(tensor[: work.batch_size], device=device) for tensor in data]
+    parts = list(zip(*(tensor.split(work.batch_size) for tensor in data), strict=True))
+    if device != "cpu":
+        pinned = [torch.zeros_like(tensor[: work.batch_size]).pin_memory() for tensor in data]
+        parts = [tuple(pinned)] * len(parts)
+
+    def epoch() -> None:
+        for part in parts:
+            for to, tensor in zip(made, part, strict=True):
+                to[: len(tensor)].copy_(tensor, non_blocking=True)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return epoch
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A way to go through the batches of an epoch; `needs` is a package.
+
+    One that lingers has threads or processes of its own, which do not end with an epoch and slow
+    down whoever comes after them: it races against ours alone, afterwards.
+    """
+
+    name: str
+    title: str
+    build: Callable[[str, Batch, Rows], Epoch]
+    needs: str = "torch"
+    lingers: bool = False
+
+    def unavailable(self) -> str:
+        """Why it cannot be built here; empty if it can."""
+        return "" if importlib.util.find_spec(self.needs) else f"{self.needs} is not installed"
+
+
+FEEDS = {
+    feed.name: feed
+    for feed in (
+        Feed("dataloader", "DataLoader", _dataloader(0)),
+        Feed("dataloader-2", "DataLoader, 2 workers", _dataloader(2), lingers=True),
+        Feed("dataloader-batched", "DataLoader, batches indexed", _batched),
+        Feed("torchdata", "torchdata nodes", _torchdata, "torchdata", lingers=True),
+        Feed("index_select", "index_select loop", _index_select),
+        Feed(CANDIDATE, "TensorLoader", _fusedopt),
+        Feed(FLOOR, "memcpy floor", _floor),
+    )
+}
 
 
 def measure(
-    names: list[str],
-    wanted: list[str],
-    device: str,
-    rounds: int,
-    seconds: float,
-    on_round: Callable[[str], None] = lambda label: None,
-) -> Iterator[Row]:
-    """Races the feeds over each set of rows.
+    names: Sequence[str], wanted: Sequence[str], device: str, rounds: int, seconds: float,
+    advance: Callable[[str], None] = lambda label: None,
+) -> Iterator[list[Row]]:  # fmt: skip
+    """Races the feeds `wanted` over each set of rows; yields a row a feed.
 
-    Args:
-        names: of ``feeds.WORKLOADS``.
-        wanted: names of ``FEEDS``.
-        device: where batches go.
-        rounds: of a row.
-        seconds: what a feed may take of a row before it sits rounds out.
-        on_round: called before each round with a label, to move a progress bar.
+    A feed that takes more than `seconds` of a set sits rounds out.
     """
     for name in names:
-        row = Row(feeds.WORKLOADS[name], device)
-        data = row.work.tensors()
-        epochs = {}
+        work = WORKLOADS[name]
+        data, missing, epochs = work.tensors(), {}, {}
         for feed in wanted:
             if reason := FEEDS[feed].unavailable():
-                row.unavailable[feed] = reason
+                missing[feed] = reason
             else:
-                epochs[feed] = FEEDS[feed].build(device, data, row.work)
+                epochs[feed] = FEEDS[feed].build(device, data, work)
         alone = {feed: epoch for feed, epoch in epochs.items() if FEEDS[feed].lingers}
         together = {feed: epoch for feed, epoch in epochs.items() if feed not in alone}
         if alone and CANDIDATE in together:
             alone[CANDIDATE] = together[CANDIDATE]
-        for race, entrants in ((row.race, together), (row.apart, alone)):
+        common = {"job": "load", "workload": name, "device": device, "rows": work.rows,
+                  "batch_size": work.batch_size, "bytes": work.rows * work.row_bytes}  # fmt: skip
+        found = {}
+        for entrants in (alone, together):
+            race = Race()
             if entrants:
-                run_race(race, entrants, rounds, seconds, lambda _, label=name: on_round(label),
-                         dict.fromkeys(entrants, settle))  # fmt: skip
-        yield row
+                run_race(race, entrants, rounds, seconds, lambda label=name: advance(label),
+                         dict.fromkeys(entrants, _settle))  # fmt: skip
+            for feed in race.seconds:
+                row = {**common, "provider": feed, **race.columns(feed)}
+                if ratio := race.ratio(feed, CANDIDATE):
+                    row["over_fusedopt"] = ratio.median
+                found[feed] = row
+        for feed, reason in missing.items():
+            found[feed] = {**common, "provider": feed, "missing": reason}
+        yield [found[feed] for feed in wanted]
 
 
-def settle() -> None:
+def _settle() -> None:
     """Lets the threads of the feed before end: those of torchdata do so when they are collected."""
     gc.collect()
     deadline = default_timer() + SETTLING
@@ -133,7 +237,7 @@ def settle() -> None:
         time.sleep(0.01)
 
 
-# ---- on a GPU ------------------------------------------------------------------------------------
+# ---- on a GPU ----
 
 
 class Repeated:
@@ -148,7 +252,7 @@ class Repeated:
             yield self.tensor
 
 
-def transfer(mib: int, rounds: int = 5) -> dict[str, Any]:
+def transfer(mib: int, rounds: int = 5) -> Row:
     """Bytes a second of batches on their way to the GPU, beside a memcpy; and what hides of it."""
     bytes_each = mib * MIB
     pinned = torch.zeros(bytes_each, dtype=torch.uint8).pin_memory()
@@ -161,7 +265,7 @@ def transfer(mib: int, rounds: int = 5) -> dict[str, Any]:
             there.copy_(pinned, non_blocking=True)
         torch.cuda.synchronize()
 
-    def passes(loader: Any, work: Callable[[], object]) -> Callable[[], None]:
+    def passes(loader: Any, work: Callable[[], object]) -> Epoch:
         def run() -> None:
             for batch in loader:
                 work()
@@ -169,14 +273,6 @@ def transfer(mib: int, rounds: int = 5) -> dict[str, Any]:
             torch.cuda.synchronize()
 
         return run
-
-    def compute() -> None:
-        for _ in range(BATCHES):
-            sleep()
-        torch.cuda.synchronize()
-
-    def idle() -> None:
-        pass
 
     copy_seconds = statistics.median(time_once(copies) for _ in range(5)) / BATCHES
     cycles = int(1.5 * copy_seconds * 1.7e9)  # a kernel half as long again as a copy
@@ -187,20 +283,20 @@ def transfer(mib: int, rounds: int = 5) -> dict[str, Any]:
 
     ready = DevicePrefetcher(Repeated(pinned, BATCHES), "cuda")
     gathered = TensorLoader(rows, batch_size=1024, shuffle=True, device="cuda")
-    in_rows = BATCHES / len(gathered)
     race = Race()
     steps = {
         "memcpy": copies,
-        "prefetcher": passes(ready, idle),
-        "loader": passes(gathered, idle),
-        "compute": compute,
+        "prefetcher": passes(ready, lambda: None),
+        "loader": passes(gathered, lambda: None),
+        "compute": passes(range(BATCHES), sleep),
         "prefetcher, compute": passes(ready, sleep),
     }
     run_race(race, steps, rounds, 10.0)
     seconds = {name: race.stats(name).median / BATCHES for name in steps}
-    seconds["loader"] *= in_rows
+    seconds["loader"] *= BATCHES / len(gathered)
     rates = {n: bytes_each / seconds[n] for n in ("memcpy", "prefetcher", "loader")}
     share = race.ratio("memcpy", "prefetcher")
+    assert share is not None
     hidden = [
         (copied + computed - both) / copied
         for copied, computed, both in zip(
@@ -210,16 +306,13 @@ def transfer(mib: int, rounds: int = 5) -> dict[str, Any]:
         if not math.isnan(copied + computed + both)
     ]  # fmt: skip
     return {
-        "batch_mib": mib,
-        "bytes_per_second": rates,
-        "prefetcher_over_memcpy": asdict(share),
-        "loader_over_memcpy": rates["loader"] / rates["memcpy"],
-        "hidden": asdict(Stats.of(hidden)),
-        "host_us": host_microseconds(ready),
-    }
+        "job": "transfer", "device": "cuda", "batch_mib": mib, "bytes_per_second": rates,
+        "prefetcher_share": share.median, "loader_share": rates["loader"] / rates["memcpy"],
+        "hidden": Stats.of(hidden).median, "host_us": _host_microseconds(ready),
+    }  # fmt: skip
 
 
-def host_microseconds(loader: Any) -> float:
+def _host_microseconds(loader: Any) -> float:
     """Median of what asking for a batch takes that has been ready for long."""
     times = []
     iterator = iter(loader)

@@ -2,14 +2,15 @@
 
 In the process of a race, everybody's states lie beside each other and what one frees another takes.
 Here a process is started for each provider, which imports the library once and forks for every
-row, so that each row, too, finds a fresh heap. On a GPU the caching allocator counts exactly, and
-no fork is needed (CUDA would not survive it).
+task, so that each finds a fresh heap. On a GPU the caching allocator counts exactly, and no fork is
+needed (CUDA would not survive it).
 
 ``python -m fusedopt.bench.memory PROVIDER TASKS PEAKS`` reads tasks and writes a line for each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -23,8 +24,7 @@ from typing import Any
 
 import torch
 
-from .peers import Peer
-from .providers import PROVIDERS, too_many
+from .providers import PROVIDERS, why_not
 from .step import DTYPES, Task
 from .timing import Step
 from .workloads import WORKLOADS
@@ -34,43 +34,44 @@ STEPS = 2  # the first allocates the states, the second has them and the tempora
 
 def measure(
     tasks: Sequence[Task], providers: Sequence[str], advance: Callable[[str], None]
-) -> dict[Task, dict[str, int]]:
-    """Peak bytes by task and provider; a provider that cannot take a step is left out."""
-    found: dict[Task, dict[str, int]] = {task: {} for task in tasks}
-    for provider in providers:
-        advance(f"memory / {provider}")
-        for task, peak in zip(tasks, in_fresh_process(provider, tasks), strict=False):
-            if peak is not None:
-                found[task][provider] = peak
-    return found
-
-
-def in_fresh_process(provider: str, tasks: Sequence[Task]) -> list[int | None]:
-    """Peaks of one provider, in the order of the tasks; shorter if its process died."""
+) -> dict[tuple[str, Task], int]:
+    """Peak bytes by provider and task; a provider that cannot take a step is left out."""
     # Shapes go along: a workload may be of this command line alone.
     content = [
         {"task": dataclasses.asdict(task), "shapes": WORKLOADS[task.workload].shapes,
          "grouped": WORKLOADS[task.workload].grouped}
         for task in tasks
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        asked, told = Path(folder, "tasks.json"), Path(folder, "peaks.jsonl")
-        asked.write_text(json.dumps(content))
-        command = [sys.executable, "-m", "fusedopt.bench.memory", provider, str(asked), str(told)]
-        subprocess.run(command, capture_output=True)
-        lines = told.read_text().splitlines() if told.exists() else []
-    return [json.loads(line) for line in lines]
+    found = {}
+    for provider in providers:
+        advance(f"memory / {provider}")
+        with tempfile.TemporaryDirectory() as folder:
+            asked, told = Path(folder, "tasks.json"), Path(folder, "peaks.jsonl")
+            asked.write_text(json.dumps(content))
+            module = "fusedopt.bench.memory"
+            command = [sys.executable, "-m", module, provider, str(asked), str(told)]
+            subprocess.run(command, capture_output=True)
+            lines = told.read_text().splitlines() if told.exists() else []
+        peaks = [json.loads(line) for line in lines]  # fewer than tasks if the process died
+        found |= {(provider, task): peak for task, peak in zip(tasks, peaks, strict=False)
+                  if peak is not None}  # fmt: skip
+    return found
 
 
 def peak_on_cpu(step: Step) -> int | None:
     """Bytes by which resident memory grows at most during steps; None where no kernel tells."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
     try:
-        before = _status("VmRSS")
+        before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         for _ in range(STEPS):
             step()
-        return max(0, _status("VmHWM") - before)
-    except OSError:
+        return max(0, status("VmHWM") - before)
+    except (OSError, StopIteration):
         return None
 
 
@@ -85,20 +86,11 @@ def peak_on_gpu(step: Step) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _status(key: str) -> int:
-    """One line of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
-
-
 def peak_of(provider: str, entry: dict[str, Any]) -> int | None:
     """Peak of one task, in this process; None where the provider has no step for it."""
     task, shapes = Task(**entry["task"]), entry["shapes"]
-    dtype = DTYPES[task.dtype]
-    taker = PROVIDERS[provider]
-    if too_many(provider, len(shapes)) or taker.unavailable(task.optimizer, dtype, task.device):
+    dtype, taker = DTYPES[task.dtype], PROVIDERS[provider]
+    if why_not(provider, task.optimizer, dtype, task.device, len(shapes)):
         return None
     # Full of ones, not normal: that takes as long as all the rest.
     gradients = [torch.ones(shape, dtype=dtype, device=task.device) for shape in shapes]
@@ -108,37 +100,34 @@ def peak_of(provider: str, entry: dict[str, Any]) -> int | None:
     return peak_on_cpu(step) if task.device == "cpu" else peak_on_gpu(step)
 
 
-def in_fork(provider: str, entry: dict[str, Any], told: Path) -> None:
-    """Adds the peak of one task to the file, from a process that ends with it."""
-    child = os.fork()
-    if child == 0:
+def main(provider: str, asked: Path, told: Path) -> None:
+    """Measures the tasks of one file by one provider."""
+
+    def tell(entry: dict[str, Any]) -> None:
         peak = None
         try:
             peak = peak_of(provider, entry)
         finally:
             with told.open("a") as file:
                 file.write(f"{json.dumps(peak)}\n")
-            os._exit(0)
-    os.waitpid(child, 0)
 
-
-def main(arguments: Sequence[str]) -> int:
-    """Measures the tasks of one file by one provider."""
-    provider, asked, told = arguments[0], Path(arguments[1]), Path(arguments[2])
-    taker, entries = PROVIDERS[provider], json.loads(asked.read_text())
+    entries = json.loads(asked.read_text())
     importlib.import_module("torch._dynamo")  # once for all forks: optimizers load it late
-    for name in {entry["task"]["optimizer"] for entry in entries}:
-        if isinstance(taker, Peer) and taker.offers(name, entries[0]["task"]["device"]):
-            taker.load(name)
+    for name in {entry["task"]["optimizer"] for entry in entries}:  # and so does the library
+        with contextlib.suppress(Exception):
+            PROVIDERS[provider].optimizer(name, [torch.nn.Parameter(torch.ones(1))], lr=1.0)
     for entry in entries:
-        if entry["task"]["device"] == "cpu":
-            in_fork(provider, entry, told)
-        else:
-            with told.open("a") as file:
-                file.write(f"{json.dumps(peak_of(provider, entry))}\n")
+        if entry["task"]["device"] != "cpu":
+            tell(entry)
             torch.cuda.empty_cache()
-    return 0
+        elif (child := os.fork()) == 0:
+            try:
+                tell(entry)
+            finally:
+                os._exit(0)
+        else:
+            os.waitpid(child, 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -6,6 +6,9 @@ The list is read from fusedopt itself, so a new optimizer joins the benchmark wi
 
 from __future__ import annotations
 
+import inspect
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 
 import fusedopt
+from fusedopt._extension import _C
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,31 @@ def settings(name: str) -> Settings:
     return SETTINGS.get(name, Settings())
 
 
+def most_used(names: list[str]) -> str:
+    """The optimizer people use most, or the first of those there are."""
+    return "AdamW" if "AdamW" in names else names[0]
+
+
 @cache
 def count_states(name: str) -> int:
-    """Number of states of a parameter's size that `name` keeps, found by taking one step."""
-    parameter = torch.nn.Parameter(torch.ones(3))
-    parameter.grad = torch.ones(3)
-    optimizer = getattr(fusedopt, name)([parameter], lr=STEP_LR, **settings(name).step)
-    optimizer.step()
-    values = optimizer.state[parameter].values()
-    return sum(isinstance(v, torch.Tensor) and v.shape == parameter.shape for v in values)
+    """Number of states of a parameter's size that `name` keeps with the step job's settings."""
+    cls = getattr(fusedopt, name)
+    made = cls([torch.nn.Parameter(torch.ones(1))], lr=STEP_LR, **settings(name).step)
+    return len(_C.state_names(cls._rule, made.param_groups[0]))
+
+
+def variants(name: str) -> Iterator[dict[str, Any]]:
+    """Keywords for every formula of an optimizer: its flags, and momentum without and with."""
+    cls = getattr(fusedopt, name)
+    known = inspect.signature(cls).parameters
+    hyper = [key for key in _C.rules()[cls._rule]["hyper"] if key in known]
+    choices = {key: (False, True) for key in hyper if known[key].default is False}
+    if "momentum" in hyper:
+        choices["momentum"] = (0.0, 0.9)
+    for values in itertools.product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        try:
+            cls([torch.nn.Parameter(torch.ones(1))], lr=0.01, **chosen)
+        except ValueError:
+            continue  # such as Nesterov's momentum without momentum
+        yield {"lr": 0.01, "weight_decay": 0.1, **chosen}

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from . import optimizers
-from .peers import torch_defaults
+from .providers import torch_defaults
+from .rows import Row
 
 STEPS = 4
 SIZES = (1, 7, 1000, 4097)
@@ -76,15 +77,13 @@ class Parity:
         """Whether it does the same arithmetic as torch."""
         return not self.error and self.worst <= SAME[self.dtype]
 
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in the result file."""
-        return {
-            "ulps": self.ulps,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "error": self.error,
-            "same": self.same,
-            "same_update": self.ulps.get(UPDATE.name, math.inf) <= SAME[self.dtype],
-        }
+    @property
+    def verdict(self) -> str:
+        """The same in a word or two."""
+        if self.same or self.error:
+            return "unknown" if self.error else "same"
+        update = self.ulps.get(UPDATE.name, math.inf)
+        return "decay differs" if update <= SAME[self.dtype] else "differs"
 
 
 def settings(optimizer: str, scenario: Scenario) -> dict[str, Any]:
@@ -168,10 +167,14 @@ def measure(
     dtypes: Sequence[torch.dtype],
     device: str,
     on_row: Callable[[str], None] = lambda label: None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Checks each (title, torch's name, maker) in each dtype; yields its row."""
     for title, optimizer, make in makers:
         for dtype in dtypes:
             on_row(f"{title} / {optimizer}")
-            yield {"who": title, "optimizer": optimizer,
-                   **check(make, optimizer, dtype, device).to_json()}  # fmt: skip
+            told = check(make, optimizer, dtype, device)
+            yield {
+                "job": "parity", "provider": title, "optimizer": optimizer,
+                "dtype": str(dtype).removeprefix("torch."), "ulps": told.ulps,
+                "parity": told.verdict, "error": told.error,
+            }  # fmt: skip

@@ -4,7 +4,7 @@ With mixed precision, gradients come scaled, so a loop divides them by the scale
 overflow, clips their global norm, steps, maybe averages the parameters, and clears the gradients.
 In torch each is a pass of its own over the parameters; fusedopt's step does them all in two.
 
-A row is one workload, chain and optimizer in float32. Its entrants race round-robin in this
+A task is one workload, chain and optimizer in float32. Its entrants race round-robin in this
 process: torch's chain as a whole, the same chain stage by stage, fusedopt's call, and the traffic
 floor of that call. All see the same scaled gradients, put back before each call outside of its
 time.
@@ -13,8 +13,7 @@ time.
 from __future__ import annotations
 
 import gc
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,12 +23,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fusedopt
 
 from . import floor, optimizers
-from .providers import PROVIDERS, OptimizerProvider
-from .step import make_gradients
-from .timing import Race, Stats, Step, run_race, stage_of
-from .workloads import WORKLOADS, Workload
+from .providers import PROVIDERS, Provider
+from .rows import CANDIDATE, FLOOR, Row
+from .step import compared, make_gradients
+from .timing import Race, Step, look, run_race, stage_of
+from .workloads import WORKLOADS
 
-TORCH, STAGED, CANDIDATE, FLOOR = "torch", "torch-stages", "fusedopt", "floor"
+TORCH, STAGED = "torch", "torch-stages"
 STANDARD = ("huge", "gpt2", "many")
 
 MAX_NORM = 1.0  # the norm of every workload's gradients is above
@@ -108,93 +108,10 @@ class Task:
         return WORKLOADS[self.workload].elements * ITEMSIZE * arrays
 
 
-@dataclass
-class Row:
-    """What was measured for one task.
-
-    Attributes:
-        task: what was asked.
-        torch_step: which of torch's steps its chain takes.
-        race: times by entrant, and by stage of torch's chain, and round.
-    """
-
-    task: Task
-    torch_step: str = ""
-    race: Race = field(default_factory=Race)
-
-    @property
-    def workload(self) -> Workload:
-        """The workload itself."""
-        return WORKLOADS[self.task.workload]
-
-    @property
-    def chain(self) -> Chain:
-        """The chain itself."""
-        return CHAINS[self.task.chain]
-
-    @property
-    def torch_bytes(self) -> dict[str, int]:
-        """Bytes a parameter of torch's stages."""
-        return self.chain.torch_bytes(self.task.states)
-
-    @property
-    def fused_bytes(self) -> dict[str, int]:
-        """Bytes a parameter of what fusedopt's call does; the floor's in all are the same."""
-        return self.chain.fused_bytes(self.task.states)
-
-    def nanoseconds(self, name: str) -> float:
-        """Median nanoseconds a parameter of an entrant or of a stage of torch's."""
-        if name in self.torch_bytes:
-            name = stage_of(STAGED, name)
-        return self.race.stats(name).median * 1e9 / self.workload.elements
-
-    def speedup(self) -> Stats:
-        """Torch's chain over fusedopt's call."""
-        return self.race.ratio(TORCH, CANDIDATE)
-
-    def over_floor(self) -> Stats:
-        """Fusedopt's call over its traffic floor: 1 is memory speed."""
-        return self.race.ratio(CANDIDATE, FLOOR)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything measured, as it stands in the result file; times in milliseconds."""
-        entrants = (TORCH, STAGED, CANDIDATE, FLOOR)
-        stats = {name: self.race.stats(name).scaled(1e3) for name in self.race.seconds}
-        return {
-            **asdict(self.task),
-            "tensors": len(self.workload.shapes),
-            "elements": self.workload.elements,
-            "torch_step": self.torch_step,
-            "chain_ms": {name: asdict(stats[name]) for name in entrants},
-            "stage_ms": {
-                stage: asdict(stats[stage_of(STAGED, stage)]) for stage in self.torch_bytes
-            },
-            "ns_per_parameter": {
-                name: self.nanoseconds(name) for name in (*entrants, *self.torch_bytes)
-            },
-            "bytes_per_parameter": {TORCH: self.torch_bytes, CANDIDATE: self.fused_bytes},
-            "ratios": {
-                "torch_over_fusedopt": asdict(self.speedup()),
-                "fusedopt_over_floor": asdict(self.over_floor()),
-            },
-            "seconds": {
-                name: [None if math.isnan(value) else value for value in values]
-                for name, values in self.race.seconds.items()
-            },
-        }
-
-
-def plan_tasks(
-    workloads: Sequence[str], chains: Sequence[str], names: Sequence[str], device: str = "cpu"
+def plan(
+    workloads: Sequence[str], chains: Sequence[str], names: Sequence[str], device: str
 ) -> list[Task]:
-    """The rows to measure, workload by workload.
-
-    Args:
-        workloads: names in ``WORKLOADS``.
-        chains: names in ``CHAINS``.
-        names: names of optimizers.
-        device: as torch names it.
-    """
+    """The tasks, workload by workload."""
     return [
         Task(workload, chain, optimizer, device)
         for workload in workloads
@@ -259,9 +176,7 @@ class Stand:
             parameter.grad = gradient
         return made
 
-    def optimizer(
-        self, provider: OptimizerProvider, made: Sequence[torch.nn.Parameter], **own: Any
-    ) -> torch.optim.Optimizer:
+    def optimizer(self, provider: Provider, made: Sequence[torch.nn.Parameter], **own: Any) -> Any:
         """A provider's optimizer over `made`, set as in the step job."""
         name = self.task.optimizer
         grouped = WORKLOADS[self.task.workload].grouped
@@ -313,10 +228,8 @@ class Stand:
     def fused_call(self) -> Entrant:
         """Fusedopt's step with the options that do the same."""
         made, free = self.parameters(), self.chain.set_to_none
-        provider = PROVIDERS[CANDIDATE]
-        assert isinstance(provider, OptimizerProvider)
         optimizer = self.optimizer(
-            provider, made, max_grad_norm=MAX_NORM, zero_grads=not free,
+            PROVIDERS[CANDIDATE], made, max_grad_norm=MAX_NORM, zero_grads=not free,
             ema_decay=EMA_DECAY if self.chain.averages else None,
         )  # fmt: skip
         scaler = self.scaler(fusedopt.GradScaler)
@@ -344,11 +257,9 @@ class Stand:
         return self.entrant(moved.run, made)
 
 
-def torch_provider(task: Task) -> OptimizerProvider:
+def torch_provider(task: Task) -> Provider:
     """Torch's fused step where it has one, its default where not."""
     fused, default = PROVIDERS["torch-fused"], PROVIDERS["torch-default"]
-    assert isinstance(fused, OptimizerProvider)
-    assert isinstance(default, OptimizerProvider)
     return default if fused.unavailable(task.optimizer, device=task.device) else fused
 
 
@@ -359,66 +270,80 @@ def measure(
     tasks: Sequence[Task],
     rounds: int,
     seconds: float,
-    on_round: Callable[[str], None] = lambda label: None,
-) -> Iterator[Row]:
-    """Times every task and yields its row; an interrupt yields the unfinished row first.
+    advance: Callable[[str], None] = lambda label: None,
+) -> Iterator[list[Row]]:
+    """Times every task and yields its rows; an interrupt yields those of whole rounds first.
 
     Args:
         tasks: what to measure, those of one workload next to each other.
-        rounds: rounds of a row.
-        seconds: what one entrant may take of a row's time before it sits rounds out.
-        on_round: called before each round with a label, to move a progress bar.
+        rounds: rounds of a task.
+        seconds: what one entrant may take of a task's time before it sits rounds out.
+        advance: called before each round with a label, to move a progress bar.
     """
     master: list[torch.Tensor] = []
     made_for = None
     for task in tasks:
         if made_for != task.workload:
-            master.clear()  # before the next are made: the largest row decides the peak
-            master.extend(scaled_gradients(task))
+            master.clear()  # before the next are made: the largest task decides the peak
+            master += scaled_gradients(task)
             made_for = task.workload
-        row = Row(task)
+        race, seen = Race(), dict[str, Row]()
         try:
-            race_row(row, master, rounds, seconds, on_round)
+            _race(task, race, seen, master, rounds, seconds, advance)
         except KeyboardInterrupt:
-            if row.race.seconds:
-                yield row
+            if race.seconds:
+                yield rows_of(task, race, seen)
             raise
-        yield row
+        yield rows_of(task, race, seen)
 
 
-def race_row(
-    row: Row,
-    master: Sequence[torch.Tensor],
-    rounds: int,
-    seconds: float,
-    on_round: Callable[[str], None],
-    inspect: Callable[[str, Entrant], None] = lambda name, entrant: None,
-) -> None:
-    """Builds the entrants of one row, races them, lets `inspect` see each and drops them."""
-    stand = Stand(row.task, master)
-    row.torch_step = torch_provider(row.task).title
-    entrants = {
-        TORCH: stand.torch_chain(),
-        CANDIDATE: stand.fused_call(),
-        FLOOR: stand.floor(),
-    }
-    label = f"{row.task.workload} / {row.task.optimizer} {row.task.chain}"
+def rows_of(task: Task, race: Race, seen: Mapping[str, Row]) -> list[Row]:
+    """A row an entrant, and one a stage of torch's chain."""
+    chain, workload = CHAINS[task.chain], WORKLOADS[task.workload]
+    theirs, ours = chain.torch_bytes(task.states), chain.fused_bytes(task.states)
+    common = {
+        "job": "pipeline", **asdict(task), "dtype": "float32", "tensors": len(workload.shapes),
+        "elements": workload.elements,
+    }  # fmt: skip
+    moved = {TORCH: theirs, STAGED: theirs, CANDIDATE: ours, FLOOR: ours}
+    found = []
+    for name in [name for name in moved if name in race.seconds]:
+        row = {**common, "provider": name, "bytes": sum(moved[name].values()), "baseline": TORCH}
+        row |= {**race.columns(name, TORCH, FLOOR), **seen.get(name, {})}
+        if name == TORCH:
+            row["torch_step"] = torch_provider(task).title
+        if name in (TORCH, CANDIDATE):
+            row["stages"] = moved[name]
+        found.append(row)
+    for stage, count in theirs.items():
+        timed = race.columns(stage_of(STAGED, stage))
+        found.append({**common, "provider": TORCH, "stage": stage, "bytes": count, **timed})
+    return found
+
+
+def _race(
+    task: Task, race: Race, seen: dict[str, Row], master: Sequence[torch.Tensor], rounds: int,
+    seconds: float, advance: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Builds the entrants of a task, races them, looks at each on a GPU, and drops them."""
+    stand = Stand(task, master)
+    entrants = {TORCH: stand.torch_chain(), CANDIDATE: stand.fused_call()}
+    if not floor.unavailable(task.device):
+        entrants[FLOOR] = stand.floor()
+    label = f"{task.workload} / {task.optimizer} {task.chain}"
+    calls: dict[str, Any] = {name: entrant.call for name, entrant in entrants.items()}
+    restores = {name: entrant.restore for name, entrant in entrants.items()}
     # Torch's stages once more: a clock between them waits for the device, which the chain does not.
-    run_race(
-        row.race,
-        {**{name: entrant.call for name, entrant in entrants.items()},
-         STAGED: entrants[TORCH].stages},
-        rounds,
-        seconds,
-        lambda _: on_round(label),
-        {**{name: entrant.restore for name, entrant in entrants.items()},
-         STAGED: entrants[TORCH].restore},
-    )  # fmt: skip
-    for name, entrant in entrants.items():
-        inspect(name, entrant)
+    calls[STAGED], restores[STAGED] = entrants[TORCH].stages, restores[TORCH]
+    run_race(race, calls, rounds, seconds, lambda: advance(label), restores)
+    if task.device == "cuda":
+        for name, entrant in entrants.items():
+            seen[name] = look(entrant.call, entrant.restore, 1)
     entrants.clear()
+    calls.clear()
+    restores.clear()
     del stand
-    gc.collect()  # optimizers hang in reference cycles: their memory would outlive the row
+    gc.collect()  # optimizers hang in reference cycles: their memory would outlive the task
 
 
 def scaled_gradients(task: Task) -> list[torch.Tensor]:
@@ -426,3 +351,17 @@ def scaled_gradients(task: Task) -> list[torch.Tensor]:
     gradients = make_gradients(WORKLOADS[task.workload], torch.float32, task.device)
     torch._foreach_mul_(gradients, SCALE)
     return gradients
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """One sentence for each chain and optimizer."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for row in [row for row in rows if row["provider"] == CANDIDATE]:
+        text = f"on {row['workload']} {compared(row['faster'])} torch's chain"
+        if row.get("floor_share"):
+            text += f" and {1 / row['floor_share']:.2f}x the floor"
+        said.setdefault((row["optimizer"], row["chain"]), []).append(text)
+    return [
+        f"fusedopt's {optimizer} with {chain}: {'; '.join(parts)}."
+        for (optimizer, chain), parts in said.items()
+    ]

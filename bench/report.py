@@ -1,261 +1,230 @@
-"""What the reader gets: tables, verdicts in plain words, and the result file.
+"""The ``report`` job: a page with pictures of result files, and the tables of the documentation.
 
-The step job has its tables in `tables`.
+Between their markers README.md, docs/benchmarks.md and docs/gpu-status.md are written by
+``report --update-docs`` (``make bench-docs``) from bench/results and by nobody's hand; a test says
+so when they are not what the files say.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
+import base64
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+from . import rows as results
+from . import tables
+from .rows import ResultError, Row
+from .tables import Table, number
 
-from . import pipeline, step, train
-from .providers import PROVIDERS
-from .timing import Stats
-
-SCHEMA = 1  # of the result file; raised when a key changes its meaning
-ABSENT = "-"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGES = {"README.md": ["front"], "docs/benchmarks.md": ["all"],
+         "docs/gpu-status.md": ["gpu-machine", "gpu-goals", "gpu-step", "gpu-device"]}  # fmt: skip
+BEGIN, END = "<!-- bench: {name}; `make bench-docs` writes what follows -->", "<!-- /bench -->"
 
 
-# Columns the widest table takes. A narrower terminal breaks its lines, which loses nothing; rich
-# would cut off the figures instead.
-WIDTH = 112
+# ---- the page ----
 
 
-def make_console() -> Console:
-    """The console of a run, never too narrow for the tables."""
-    console = Console(highlight=False)
-    console.width = max(console.width, WIDTH)
-    return console
+def write_page(rows: Sequence[Row], changes: Sequence[Row], out: Path) -> Path:
+    """Writes report.html, which needs nothing else, and its pictures beside it."""
+    import jinja2
+
+    from . import plots
+
+    shown, runs = [], results.runs(rows)
+    for place, run in enumerate(runs):
+        prefix = "" if len(runs) == 1 else f"{place + 1}-"
+        drawn = plots.step_pictures(run, out, prefix)
+        shown.append({
+            "machine": run[0]["machine"],
+            "source": results.source(run[0]),
+            "verdict": tables.verdict_table(run),
+            "pictures": {
+                says: base64.b64encode(path.read_bytes()).decode() for says, path in drawn.items()
+            },
+            "tables": [tables.step_table(found) for found in by_workload(run)],
+        })  # fmt: skip
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    page = pages.get_template("report.html.jinja").render(
+        runs=shown,
+        changes=tables.change_table(changes) if changes else None,
+        compared_with=changes[0]["date_before"] if changes else "",
+    )
+    path = out / "report.html"
+    path.write_text(page)
+    return path
 
 
-def make_table(first: str = "optimizer") -> Table:
-    """An empty table with a first column for names."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.add_column(first, vertical="bottom", no_wrap=True)
+def by_workload(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each workload."""
+    return [*results.grouped(rows, "workload").values()]
+
+
+# ---- the documentation ----
+
+
+def update(files: Sequence[Path]) -> list[Path]:
+    """Keeps the files, writes the pages' tables anew, and returns what was written."""
+    pages = {ROOT / page: names for page, names in PAGES.items()}
+    for page, names in pages.items():  # before anything is written
+        if not page.is_file():
+            raise ResultError(f"--update-docs: there is no {page}; wanted: to run in a checkout")
+        for name in names:
+            if BEGIN.format(name=name) not in page.read_text():
+                raise ResultError(f"--update-docs: {page} has lost its marker of {name!r}")
+    kept = [keep(path) for path in files if path.resolve().parent != RESULTS]
+    blocks = made_blocks(committed())
+    for page in pages:
+        page.write_text(replaced(page.read_text(), blocks))
+    return [*kept, *pages]
+
+
+def keep(path: Path) -> Path:
+    """Copies a result file into bench/results, without curves, under its machine and date."""
+    found = [{k: v for k, v in row.items() if k != "curve"} for row in results.read(path)]
+    first = next(row for row in found if "machine" in row)
+    name = re.sub(r"[^a-z0-9]+", "-", first["machine"].lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    kept = RESULTS / f"{name}-{first['date']}.jsonl"
+    results.write(kept, found)
+    return kept
+
+
+def committed() -> list[list[Row]]:
+    """The rows of each file in bench/results."""
+    return [results.read(path) for path in sorted(RESULTS.glob("*.jsonl"))]
+
+
+def made_blocks(files: Sequence[Sequence[Row]]) -> dict[str, str]:
+    """What the pages have between their markers, by name."""
+    rows = [row for file in files for row in results.steps(file)]
+    newest: dict[str, str] = {}
+    for row in rows:
+        newest[row["machine"]] = max(row["date"], newest.get(row["machine"], ""))
+    latest = [row for row in rows if row["date"] == newest[row["machine"]]]
+    blocks = {"front": tables.front_table(latest).to_markdown(), "all": full_tables(rows)}
+    checks = [file for file in files if any(row["job"] == "part" for row in file)]
+    if checks:
+        check = max(checks, key=lambda file: str(file[0]["date"]))
+        blocks |= {f"gpu-{name}": make(check) for name, make in GPU.items()}
+    return blocks
+
+
+def replaced(page: str, blocks: dict[str, str]) -> str:
+    """The page with these texts between its markers."""
+    for name, text in blocks.items():
+        begin = BEGIN.format(name=name)
+        pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(END)})", re.DOTALL)
+        page = pattern.sub(lambda found, text=text: f"{found[1]}\n{text}\n\n{found[2]}", page)
+    return page
+
+
+def full_tables(rows: Sequence[Row]) -> str:
+    """Every figure of every file: a section a run, a table a workload."""
+    parts = []
+    for run in results.runs(rows):
+        parts.append(f"## {run[0]['machine']}, {run[0]['date']}")
+        compared = tables.against(run[0]["baseline"])
+        versions = f"torch {run[0]['torch']}, fusedopt {results.version(run[0])}"
+        parts.append(f"{versions}. Times faster: than {compared}.")
+        for found in by_workload(run):
+            first = found[0]
+            size = f"{first['tensors']:,} tensors, {first['elements']:,} parameters"
+            parts.append(f"### {first['workload']}: {size}")
+            parts.append(tables.step_table(found).to_markdown())
+    return "\n\n".join(parts)
+
+
+# ---- docs/gpu-status.md, out of a GPU check ----
+
+LIBRARIES = {"torch-default": "torch default", "torch-fused": "torch fused", "fusedopt": "CUDA",
+             "fusedopt-triton": "Triton", "floor": "floor"}  # fmt: skip
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    """What ran, in a line."""
+    told = next(row for row in rows if row["job"] == "machine")
+    return (f"{told['machine']}, driver {told['driver']}, torch {told['torch']}, Triton "
+            f"{told['triton']}, nvcc {told['nvcc']}, {told['date']}, revision "
+            f"{told['revision']}")  # fmt: skip
+
+
+def _wall(rows: Sequence[Row]) -> str:
+    """Wall milliseconds of a step, and its ratio."""
+    table = Table("", ["workload", "optimizer"], [*LIBRARIES.values(), "best torch / CUDA"])
+    for found in results.grouped(results.steps(rows), "workload", "optimizer", "dtype").values():
+        told = {row["provider"]: row for row in found}
+        table.add(found[0]["workload"], tables.label(found[0]),
+                  *(number(told[name]["ms"]) if name in told else None for name in LIBRARIES),
+                  f"{told['fusedopt']['faster']:.1f}")  # fmt: skip
+    return table.to_markdown()
+
+
+def _device(rows: Sequence[Row]) -> str:
+    """Microseconds that a step's kernels and copies take on the device, and the host's."""
+    heads = [*LIBRARIES.values(), "host, CUDA", "host, Triton"]
+    table = Table("", ["workload", "optimizer"], heads)
+    for found in results.grouped(results.steps(rows), "workload", "optimizer", "dtype").values():
+        told = {row["provider"]: row for row in found}
+        table.add(
+            found[0]["workload"], tables.label(found[0]),
+            *(number(told[name]["device_us"]) if name in told else None for name in LIBRARIES),
+            *(number(told[name]["host_us"]) for name in ("fusedopt", "fusedopt-triton")),
+        )  # fmt: skip
+    return table.to_markdown()
+
+
+def goals(rows: Sequence[Row]) -> Table:
+    """What was promised for a GPU, and what was measured."""
+    found = {(r["workload"], r["optimizer"], r["provider"]): r for r in results.steps(rows)
+             if r["device"] == "cuda"}  # fmt: skip
+    replays = {(r["workload"], r["provider"]): r["ms"] for r in rows if r["job"] == "graph"}
+    shares = [row["prefetcher_share"] for row in rows
+              if row["job"] == "transfer" and row["batch_mib"] >= 4]  # fmt: skip
+
+    def of(workload: str, key: str, provider: str = "fusedopt", optimizer: str = "AdamW") -> float:
+        return float(found[workload, optimizer, provider][key])
+
+    def device(workload: str, provider: str) -> float:
+        return of(workload, "device_us", provider)
+
+    most, least = "at most", "at least"
+    wanted: list[tuple[str, str, float, Callable[[], float]]] = [
+        ("AdamW, 1B elements: share of the floor's speed", least, 0.92,
+         lambda: device("billion", "floor") / device("billion", "fusedopt")),
+        ("AdamW, 1B elements: times torch fused", least, 1.05,
+         lambda: of("billion", "ms", "torch-fused") / of("billion", "ms")),
+        ("AdamW, 1B elements: Triton's share of CUDA's speed", least, 0.95,
+         lambda: device("billion", "fusedopt") / device("billion", "fusedopt-triton")),
+        ("AdamW, 10,000 x 64: ms wall", most, 0.6, lambda: of("swarm", "ms")),
+        ("AdamW, 10,000 x 64: us on the host that Triton takes more", most, 30,
+         lambda: of("swarm", "host_us", "fusedopt-triton") - of("swarm", "host_us")),
+        ("AdamW, 10,000 x 64 in a graph: ms", most, 0.1, lambda: replays["swarm", "fusedopt"]),
+        ("AdamW, 1,000 x 1,024: ms wall", most, 0.12, lambda: of("thousand", "ms")),
+        ("AdamW, 465 groups of one: ms wall", most, 0.25, lambda: of("groups", "ms")),
+        ("AdamW, 1M elements: us on the device", most, 9, lambda: device("one", "fusedopt")),
+        ("RMSprop, 100M elements: times torch's best", least, 2.3,
+         lambda: of("hundred", "faster", optimizer="RMSprop")),
+        ("AdamW, 10,000 x 64: launches", most, 1, lambda: of("swarm", "kernels")),
+        ("AdamW, 465 groups of one: launches", most, 1, lambda: of("groups", "kernels")),
+        ("batches of 4 MiB and more: share of a pinned memcpy's rate", least, 0.95,
+         lambda: min(shares)),
+    ]  # fmt: skip
+    table = Table("Promises", ["what"], ["goal", "measured", ""])
+    for what, bound, goal, measure in wanted:
+        try:
+            measured = measure()
+        except (KeyError, ValueError):  # nothing was measured
+            table.add(what, f"{bound} {goal:g}", None, "not measured")
+            continue
+        kept = measured >= goal if bound == least else measured <= goal
+        table.add(what, f"{bound} {goal:g}", number(measured), "kept" if kept else "**not kept**",
+                  style="" if kept else "bad")  # fmt: skip
     return table
 
 
-def titled(title: str, table: Table) -> Group:
-    """A table under its title, which may be wider than the table."""
-    return Group(Text(title, style="bold"), table)
-
-
-def add_figures(table: Table, *headers: str, style: str | None = None) -> None:
-    """Adds columns of figures."""
-    for header in headers:
-        table.add_column(header, justify="right", vertical="bottom", no_wrap=True, style=style)
-
-
-def print_machine(console: Console, machine: dict[str, Any]) -> None:
-    """One line that says where the figures come from."""
-    console.print(
-        f"fusedopt {machine['fusedopt']} (CPU tier {machine['tier']}), torch {machine['torch']}, "
-        f"{machine['cpu']}, {machine['threads']} threads of {machine['cores']} cores",
-        soft_wrap=True,
-    )
-    if machine["load_average"] > machine["cores"] / 2:
-        console.print(
-            f"The machine has just been busy (load average {machine['load_average']:.1f}): "
-            "if it still is, times are too long and ratios unsteady.",
-            style="yellow",
-            soft_wrap=True,
-        )
-
-
-# ---- the digits job ----
-
-
-def train_table(rows: Sequence[train.Row]) -> Group:
-    """The rows of the digits job, a section for each network."""
-    table = make_table()
-    add_figures(
-        table,
-        "loss\ntorch", "loss\nours", "acc. %\ntorch", "acc. %\nours",
-        "diff.\nepoch 1", "diff.\nall", "torch's\ndrift",
-        "step us\ntorch", "step us\nours", "\nratio", "bound\nholds",
-    )  # fmt: skip
-    model = None
-    for row in rows:
-        if row.model != model:
-            model = row.model
-            table.add_section()
-            table.add_row(Text(model, style="bold"))
-        mark = "*" if row.drift_source == train.NUDGED else " "
-        times = [row.times.stats(name).median * 1e6 for name in (train.REFERENCE, train.CANDIDATE)]
-        table.add_row(
-            f"  {row.optimizer}",
-            f"{row.final_loss(train.REFERENCE):.4f}",
-            f"{row.final_loss(train.CANDIDATE):.4f}",
-            f"{row.accuracy[train.REFERENCE]:.2f}",
-            f"{row.accuracy[train.CANDIDATE]:.2f}",
-            f"{row.difference.first_epoch:.1e}",
-            f"{row.difference.whole_run:.1e}",
-            f"{row.drift.whole_run:.1e}{mark}",
-            f"{times[0]:.1f}",
-            f"{times[1]:.1f}",
-            f"{row.times.ratio(train.REFERENCE, train.CANDIDATE).median:.1f}x",
-            "no" if row.failures() else "yes",
-            style="red" if row.failures() else None,
-        )
-    title = "Handwritten digits: torch.optim (default step) and fusedopt (ours) side by side"
-    return titled(title, table)
-
-
-def train_legend(rows: Sequence[train.Row]) -> str:
-    """What the columns of the table mean."""
-    legend = (
-        "loss: training loss, mean of the last epoch; acc.: on the test images; ours: fusedopt; "
-        "diff.: largest |torch - ours| / torch of any batch's loss; torch's drift: the same "
-        "between torch's default and its foreach and fused steps; step: median time of "
-        "optimizer.step() in training; ratio: how many times faster ours is."
-    )
-    if any(row.drift_source == train.NUDGED for row in rows):
-        legend += (
-            "\n*: torch's steps are bit for bit the same here, so its drift is that of the default "
-            "step from weights one rounding away."
-        )
-    return legend
-
-
-def train_verdict(rows: Sequence[train.Row]) -> str:
-    """Whether fusedopt trained as torch.optim does, and where it did not."""
-    bound = (
-        f"loss curves within {train.FIRST_EPOCH_BOUND:.0e} relative over the first epoch and "
-        f"afterwards within that or {train.DRIFT_FACTOR:.0f} times torch's own drift; accuracies "
-        f"within {train.ACCURACY_POINTS} points"
-    )
-    failures = [failure for row in rows for failure in row.failures()]
-    if not failures:
-        return f"The bound holds for all {len(rows)} rows: {bound}."
-    return "\n".join([f"The bound does NOT hold ({bound}):", *(f"  {line}" for line in failures)])
-
-
-# ---- words and numbers ----
-
-
-def speed(ratio: float) -> str:
-    """A ratio of times in words, such as ``7.9x faster than``."""
-    if 0.95 < ratio < 1.05:
-        return "as fast as"
-    return f"{ratio:.1f}x faster than" if ratio >= 1 else f"{1 / ratio:.1f}x slower than"
-
-
-def milliseconds(stats: Stats) -> str:
-    """Milliseconds of a time in seconds, three digits."""
-    return three_digits(stats.median * 1e3)
-
-
-def three_digits(value: float) -> str:
-    """Three digits of a number above 0, none of them beyond the third decimal."""
-    return f"{value:.{min(3, max(0, 2 - math.floor(math.log10(value))))}f}"
-
-
-def times_factor(ratio: Stats | None, digits: int = 1) -> str:
-    """A ratio as a table cell."""
-    return f"{ratio.median:.{digits}f}x" if ratio else ABSENT
-
-
-# ---- the pipeline job ----
-
-
-def pipeline_table(rows: Sequence[pipeline.Row]) -> Group:
-    """The rows of one workload, each with its bytes beneath."""
-    workload = rows[0].workload
-    rounds = max(len(times) for row in rows for times in row.race.seconds.values())
-    stages = max((list(row.torch_bytes) for row in rows), key=len)
-    table = make_table("optimizer, chain")
-    add_figures(table, *(f"torch\n{stage}" for stage in stages), "torch\nall")
-    add_figures(table, "ours\none call", style="bold")
-    add_figures(table, "\nfloor", "torch\n/ ours", "ours\n/ floor")
-    for row in rows:
-        theirs, ours = row.torch_bytes, sum(row.fused_bytes.values())
-        table.add_row(
-            f"{row.task.optimizer} {row.task.chain}",
-            *(three_digits(row.nanoseconds(name)) if name in theirs else ABSENT for name in stages),
-            *(
-                three_digits(row.nanoseconds(name))
-                for name in (pipeline.TORCH, pipeline.CANDIDATE, pipeline.FLOOR)
-            ),
-            times_factor(row.speedup()),
-            times_factor(row.over_floor(), 2),
-        )
-        table.add_row(
-            "  bytes",
-            *(str(theirs[name]) if name in theirs else ABSENT for name in stages),
-            str(sum(theirs.values())),
-            str(ours),
-            str(ours),
-            f"{sum(theirs.values()) / ours:.1f}x",
-            style="dim",
-        )
-    size = f"{workload.elements:,} elements in all"
-    unit = f"ns a parameter, median of {rounds} rounds"
-    return titled(f"{workload.name}: {workload.summary}, {size}; {unit}", table)
-
-
-def pipeline_notes(rows: Sequence[pipeline.Row]) -> list[str]:
-    """Where torch has no fused step, and which races were shortened."""
-    notes = [
-        f"{row.task.optimizer}: torch has no fused step, its default was timed"
-        for row in rows
-        if row.torch_step != PROVIDERS[step.FUSED].title
-    ]
-    slow = [
-        f"{name} on {row.task.workload} ({row.task.chain})"
-        for row in rows
-        for name in (pipeline.TORCH, pipeline.STAGED, pipeline.CANDIDATE, pipeline.FLOOR)
-        if row.race.stats(name).rounds < len(row.race.seconds[name])
-    ]
-    if slow:
-        notes.append(f"slow, so timed in fewer rounds: {', '.join(slow)}")
-    return list(dict.fromkeys(notes))
-
-
-def pipeline_legend(rows: Sequence[pipeline.Row]) -> str:
-    """What the chains and the columns are."""
-    chains = {row.task.chain: row.chain.summary for row in rows}
-    listed = "; ".join(f"{name}: {summary}" for name, summary in chains.items())
-    return (
-        f"Chains: {listed}. bytes: a parameter, what each stage has to read and write. ours: "
-        "fusedopt; torch / ours: how many times faster the one call is; ours / floor: 1.00x is the "
-        "time of moving its bytes without maths. Ratios are medians over rounds."
-    )
-
-
-def pipeline_summary(rows: Sequence[pipeline.Row]) -> list[str]:
-    """One sentence for each chain and optimizer."""
-    said: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        faster, floor = row.speedup().median, row.over_floor().median
-        said.setdefault((row.task.optimizer, row.task.chain), []).append(
-            f"on {row.workload.name} {speed(faster)} torch's chain and {floor:.2f}x the floor"
-        )
-    return [
-        f"fusedopt's {optimizer} with {chain}: {'; '.join(parts)}."
-        for (optimizer, chain), parts in said.items()
-    ]
-
-
-# ---- the result file ----
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content`; values that JSON has no number for (a diverged loss) become null."""
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every nan and infinity inside it replaced by None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+GPU = {"machine": _machine, "goals": lambda rows: goals(rows).to_markdown(), "step": _wall,
+       "device": _device}  # fmt: skip

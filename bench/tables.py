@@ -1,232 +1,319 @@
-"""Tables of the step job, of parity and of what there is."""
+"""Every table, as lines of cells made of rows; and the three ways to write one.
+
+A `Table` is printed with rich, written as Markdown, or handed to the page's template.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
+from . import rows as results
+from .rows import BEST, CANDIDATE, FLOOR, Row, label
+from .workloads import SWEEP, WORKLOADS, Workload, binary
 
-from . import parity, step
-from .providers import PROVIDERS, AnyProvider
-from .report import ABSENT, add_figures, make_table, milliseconds, speed, three_digits, titled
-from .results import verdict
-from .workloads import Workload
+ABSENT = "-"
+# Columns the widest table takes on a console. A narrower terminal breaks its lines, which loses
+# nothing; rich would cut off the figures instead.
+WIDTH = 150
+# Styles of a line or a cell, as rich has them.
+RICH = {"ours": "bold", "bad": "red", "good": "blue", "dim": "dim", "": ""}
+
+
+@dataclass
+class Table:
+    """Heads of columns of words and of numbers, and lines of as many cells, with a style each."""
+
+    title: str
+    words: Sequence[str]
+    numbers: Sequence[str] = ()
+    lines: list[tuple[list[str], str]] = field(default_factory=list)
+
+    @property
+    def heads(self) -> list[str]:
+        """Of all columns."""
+        return [*self.words, *self.numbers]
+
+    def add(self, *cells: str | None, style: str = "") -> None:
+        """Adds a line; None is a cell without a figure."""
+        self.lines.append(([ABSENT if cell is None else cell for cell in cells], style))
+
+    def repeats(self, index: int) -> bool:
+        """Whether a line's first cell is that of the line before, which need not be shown."""
+        return index > 0 and self.lines[index][0][0] == self.lines[index - 1][0][0]
+
+    def to_rich(self) -> Any:
+        """For a console."""
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        made = RichTable(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+        for head in self.words:
+            made.add_column(head, vertical="bottom", overflow="fold", no_wrap=bool(self.numbers))
+        for head in self.numbers:
+            made.add_column(head.replace(" ", "\n"), justify="right", vertical="bottom",
+                            no_wrap=True)  # fmt: skip
+        sections = any(self.repeats(index) for index in range(len(self.lines)))
+        for index, (cells, style) in enumerate(self.lines):
+            again = self.repeats(index)
+            if index and not again and sections:
+                made.add_section()
+            made.add_row(*([""] if again else cells[:1]), *cells[1:], style=RICH[style])
+        return Group(Text(self.title, style="bold"), made)
+
+    def to_markdown(self) -> str:
+        """For a page of the documentation, without the title."""
+        rule = "|" + "---|" * len(self.words) + "---:|" * len(self.numbers)
+        lines = [f"| {' | '.join(cells)} |" for cells, _ in [(self.heads, ""), *self.lines]]
+        return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def number(value: float | None, digits: int = 3) -> str | None:
+    """So many significant digits, all before the point."""
+    if value is None:
+        return None
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def times(value: float | None, digits: int = 2) -> str | None:
+    """A ratio."""
+    return None if value is None else f"{value:.{digits}f}x"
+
+
+def against(baseline: str) -> str:
+    """A baseline in words."""
+    from .providers import title_of
+
+    return "torch's fastest step" if baseline == BEST else title_of(baseline)
+
 
 # ---- the step job ----
 
 
-def step_tables(rows: Sequence[step.Row]) -> Group:
-    """The rows of one workload, or of one family of them."""
-    if rows[0].workload.family:
-        return sweep_table(rows)
-    return step_table(rows)
+def step_table(rows: Sequence[Row], title: str = "") -> Table:
+    """All figures of one workload: a line a provider, by optimizer."""
+    from .providers import title_of
+
+    shown, first = [row for row in rows if "ms" in row], rows[0]
+    on_gpu = any(row.get("device_us") is not None for row in shown)
+    numbers = ["ms", "p20", "p80", "ns/ param.", "GB/s", "% of floor", "times faster", "p20", "p80",
+               "memory MB"]  # fmt: skip
+    known = WORKLOADS[first["workload"]].summary if first["workload"] in WORKLOADS else "a model"
+    table = Table(
+        title
+        or f"{first['workload']}: {known}, {first['elements']:,} elements in all; a step, "
+        f"medians of up to {max((row['rounds'] for row in shown), default=0)} rounds",
+        ["optimizer", "provider", "arithmetic"],
+        numbers + ["launches", "host us", "device us"] * on_gpu,
+    )
+    for row in shown:
+        share, peak = row.get("floor_share"), row.get("peak_bytes")
+        faster = {} if row["provider"] == FLOOR else row
+        parity = row.get("parity") or ABSENT
+        cells = [label(row), title_of(row["provider"]), parity]
+        cells += [number(row[key]) for key in ("ms", "p20", "p80")]
+        cells += [number(results.nanoseconds(row)), number(results.bandwidth(row))]
+        cells.append(None if share is None else f"{100 * share:.0f}")
+        cells += [times(faster.get(key)) for key in ("faster", "faster_p20", "faster_p80")]
+        cells.append(None if peak is None else f"{peak / 1e6:,.1f}")
+        if on_gpu:
+            launches = None if row.get("kernels") is None else row["kernels"] + row["copies"]
+            cells += [None if launches is None else f"{launches:.0f}"]
+            cells += [number(row.get("host_us")), number(row.get("device_us"))]
+        style = "ours" if row["provider"] == CANDIDATE else ""
+        table.add(*cells, style=style if parity in ("same", ABSENT) else "bad")
+    return table
 
 
-def label(task: step.Task) -> str:
-    """Optimizer, and dtype where it is not the usual one."""
-    return task.optimizer + ("" if task.dtype == "float32" else f" {task.dtype}")
+def sweep_table(rows: Sequence[Row]) -> Table:
+    """Bandwidth of a sweep, a column a size."""
+    from .providers import title_of
+
+    sizes = list(dict.fromkeys(row["elements"] for row in rows))
+    table = Table(f"{SWEEP}: one tensor of so many elements; GB/s, medians",
+                  ["optimizer", "provider"], [binary(size) for size in sizes])  # fmt: skip
+    for found in results.grouped([r for r in rows if "ms" in r], "optimizer", "dtype",
+                                 "provider").values():  # fmt: skip
+        told = {row["elements"]: number(results.bandwidth(row)) for row in found}
+        style = "ours" if found[0]["provider"] == CANDIDATE else ""
+        table.add(label(found[0]), title_of(found[0]["provider"]),
+                  *(told.get(size) for size in sizes), style=style)  # fmt: skip
+    return table
 
 
-def step_table(rows: Sequence[step.Row]) -> Group:
-    """The rows of one workload, a section an optimizer and a line a provider."""
-    workload = rows[0].workload
-    rounds = max((len(times) for row in rows for times in row.race.seconds.values()), default=0)
-    table = make_table("optimizer")
-    on_gpu = any(row.seen for row in rows)
-    add_figures(table, "arith-\nmetic", "ms", "p20", "p80", "ns a\nparam.", "GB/s", "% of\nfloor")
-    add_figures(table, "times\nfaster", "p20", "p80", "memory\nMB")
-    if on_gpu:
-        add_figures(table, "launches", "host\nus", "device\nus")
-    for row in rows:
-        table.add_section()
-        table.add_row(label(row.task), style="bold")
-        for name in [name for name in PROVIDERS if name in row.race.seconds]:
-            style = "bold" if name == step.CANDIDATE else None
-            told = row.parity.get(name)
-            if told is not None and not told.same:
-                style = "red"
-            table.add_row(f"  {PROVIDERS[name].title}", *_cells(row, name, on_gpu), style=style)
-    size = f"{workload.elements:,} elements in all"
-    title = f"{workload.name}: {workload.summary}, {size}; a step, median of {rounds} rounds"
-    return titled(title, table)
+def in_sweep(row: Row) -> bool:
+    """Whether it is a point of a sweep."""
+    return str(row["workload"]).startswith(f"{SWEEP}-")
 
 
-def _cells(row: step.Row, name: str, on_gpu: bool) -> list[str]:
-    """The cells of one provider."""
-    stats = row.race.stats(name)
-    moved = row.task.bytes_per_parameter() * row.workload.elements
-    told = row.parity.get(name)
-    cells = [
-        verdict(told.to_json()) if told else ABSENT,
-        milliseconds(stats),
-        three_digits(stats.p20 * 1e3),
-        three_digits(stats.p80 * 1e3),
-        three_digits(stats.median * 1e9 / row.workload.elements),
-        three_digits(moved / stats.median / 1e9),
-        _percent_of_floor(row, name),
-    ]
-    faster = row.times_faster(name)
-    spread = (faster.median, faster.p20, faster.p80) if faster else ()
-    cells += [f"{ratio:.2f}x" for ratio in spread] or [ABSENT] * 3
-    peak = row.peak_bytes.get(name)
-    cells.append(ABSENT if peak is None else f"{peak / 1e6:,.1f}")
-    if on_gpu:
-        cells += _on_gpu(row, name)
-    return cells
+def verdict_table(rows: Sequence[Row]) -> Table:
+    """How many times faster fusedopt is: a line an optimizer, a column a workload."""
+    ours = [row for row in rows if row["provider"] == CANDIDATE and not in_sweep(row)]
+    workloads = list(dict.fromkeys(row["workload"] for row in ours))
+    compared = against(ours[0]["baseline"]) if ours else ""
+    table = Table(f"fusedopt's step: how many times as fast as {compared}", [""], workloads)
+    for found in results.grouped(ours, "optimizer", "dtype").values():
+        told = {row["workload"]: times(row.get("faster")) for row in found}
+        table.add(label(found[0]), *(told.get(name) for name in workloads))
+    return table
 
 
-def _on_gpu(row: step.Row, name: str) -> list[str]:
-    """Launches, and host and device time; an interrupted row has none."""
-    seen = row.seen.get(name)
-    if seen is None:
-        return [ABSENT] * 3
-    launches = seen["kernels"] + seen["copies"]
-    return [f"{launches:.0f}", f"{seen['host_us']:.1f}", f"{seen['device_us']:.1f}"]
+def change_table(changes: Sequence[Row]) -> Table:
+    """What two runs have in common, and how it changed."""
+    from .providers import title_of
+
+    table = Table(
+        "Speed now over speed before. Against each run's own floor where both have one: the "
+        "machine's own speed then cancels.",
+        ["workload", "optimizer", "provider"], ["ms before", "ms now", "speed", "in units of"],
+    )  # fmt: skip
+    for row in changes:
+        style = "good" if row["speed"] >= 1.05 else "bad" if row["speed"] <= 0.95 else ""
+        table.add(row["workload"], label(row), title_of(row["provider"]), number(row["ms_before"]),
+                  number(row["ms"]), times(row["speed"]), "floor" if row["by_floor"] else "time",
+                  style=style)  # fmt: skip
+    return table
 
 
-def _percent_of_floor(row: step.Row, name: str) -> str:
-    """The floor's time over the provider's, round by round."""
-    ratio = row.ratio(step.FLOOR, name)
-    return f"{100 * ratio.median:.0f}" if ratio else ABSENT
+FRONT = ("huge", "gpt2", "many", "tiny", "billion", "swarm", "thousand")
+FRONT_PROVIDERS = ("torch-default", "torch-foreach", "torch-fused", CANDIDATE, FLOOR)
 
 
-def sweep_table(rows: Sequence[step.Row]) -> Group:
-    """The rows of a sweep: bandwidth, a column a size."""
-    sizes = list(dict.fromkeys(row.workload.name for row in rows))
-    table = make_table("optimizer")
-    add_figures(table, *(name.partition("-")[2] for name in sizes))
-    for task in dict.fromkeys((row.task.optimizer, row.task.dtype) for row in rows):
-        shown = {row.workload.name: row for row in rows
-                 if (row.task.optimizer, row.task.dtype) == task}  # fmt: skip
-        table.add_section()
-        table.add_row(label(next(iter(shown.values())).task), style="bold")
-        ran = {name for row in shown.values() for name in row.race.seconds}
-        for name in [name for name in PROVIDERS if name in ran]:
-            cells = [_bandwidth(shown.get(size), name) for size in sizes]
-            style = "bold" if name == step.CANDIDATE else None
-            table.add_row(f"  {PROVIDERS[name].title}", *cells, style=style)
-    title = f"{rows[0].workload.family}: one tensor of so many elements; GB/s, medians"
-    return titled(title, table)
+def front_table(rows: Sequence[Row]) -> Table:
+    """README's table: milliseconds of torch's steps, fusedopt's and the floor."""
+    from .providers import title_of
 
-
-def _bandwidth(row: step.Row | None, name: str) -> str:
-    """Bytes that have to be moved over the time of a step."""
-    if row is None or name not in row.race.seconds:
-        return ABSENT
-    moved = row.task.bytes_per_parameter() * row.workload.elements
-    return three_digits(moved / row.race.stats(name).median / 1e9)
-
-
-def step_notes(rows: Sequence[step.Row]) -> list[str]:
-    """Why cells are empty or rounds few, and parameters that did not take fusedopt's own step."""
-    notes: list[str] = []
-    slow: dict[str, dict[str, None]] = {}  # by provider, the workloads, in order
-    for row in rows:
-        notes += [_because(name, why) for name, why in row.unavailable.items()]
-        for name, times in row.race.seconds.items():
-            if row.race.stats(name).rounds < len(times):
-                slow.setdefault(PROVIDERS[name].title, {})[row.workload.name] = None
-        routes = row.details.get(step.CANDIDATE, "")
-        if "torch" in routes:
-            notes.append(f"fusedopt, {row.task.optimizer} {row.task.dtype}: tensors by {routes}")
-    if slow:
-        listed = "; ".join(f"{title} on {', '.join(where)}" for title, where in slow.items())
-        notes.append(f"slow, so timed in fewer rounds: {listed}")
-    return list(dict.fromkeys(notes))
-
-
-STEP_LEGEND = (
-    "arithmetic: of torch.optim in float64, within rounding; GB/s: of the bytes that have to be "
-    "moved; % of floor: 100 is memory speed, the time of moving the same bytes without maths; "
-    "times faster: than {baseline}; memory: peak above parameters and gradients, in a fresh "
-    "process. Ratios are medians over rounds, p20 and p80 their spread."
-)
-
-
-def _because(name: str, why: str) -> str:
-    """Why a provider did not run, with its name."""
-    title = PROVIDERS[name].title
-    return why if why.startswith(title) else f"{title}: {why}"
-
-
-def step_legend(baseline: str) -> str:
-    """What the columns are."""
-    best = "the fastest of torch's own steps"
-    return STEP_LEGEND.format(baseline=best if baseline == step.BEST else PROVIDERS[baseline].title)
-
-
-def step_summary(rows: Sequence[step.Row]) -> str:
-    """One sentence on the optimizer people use most, or on the first that was measured."""
-    names = [row.task.optimizer for row in rows]
-    optimizer = "AdamW" if "AdamW" in names else names[0]
-    parts = []
-    for row in rows:
-        if row.workload.family and len(rows) > 1:
-            continue  # its table says it better
-        if row.task.optimizer != optimizer or row.task.dtype != rows[0].task.dtype:
+    heads = [*map(title_of, FRONT_PROVIDERS), "% of floor", "best torch / fusedopt"]
+    table = Table("", ["workload", "optimizer"], [*heads, "machine, versions, date"])
+    for found in results.grouped(rows, "machine", "workload", "optimizer", "dtype").values():
+        told = {row["provider"]: row for row in found}
+        ours = told.get(CANDIDATE)
+        if ours is None or ours["workload"] not in FRONT or ours["baseline"] != BEST:
             continue
-        said = []
-        if floor := row.over_floor():
-            said.append(f"{floor.median:.2f}x the floor")
-        against = "torch fused" if row.speedup_over_fused() else "torch's best"
-        if speedup := row.speedup_over_fused() or row.speedup_over_best():
-            said.append(f"{speed(speedup.median)} {against}")
-        if said:
-            parts.append(f"on {row.workload.name} {' and '.join(said)}")
-    return f"fusedopt's {optimizer} step: {'; '.join(parts) or 'nothing to compare it with'}."
+        share, faster = ours.get("floor_share"), ours.get("faster")
+        table.add(ours["workload"], label(ours),
+                  *(number(told[n]["ms"]) if n in told else None for n in FRONT_PROVIDERS),
+                  None if share is None else f"{100 * share:.0f}",
+                  None if faster is None else f"{faster:.1f}", results.source(ours))  # fmt: skip
+    return table
 
 
-# ---- parity and list ----
+# ---- the other jobs ----
 
 
-def parity_table(rows: Sequence[dict[str, Any]]) -> Group:
-    """Errors of the parity job, a line an optimizer and dtype."""
-    table = make_table("who")
-    for header in ("optimizer", "dtype"):
-        table.add_column(header)
-    add_figures(table, *(scenario.name for scenario in parity.SCENARIOS), "arithmetic")
+def train_table(rows: Sequence[Row]) -> Table:
+    """The digits job: a line a network and optimizer, torch's default step beside fusedopt's."""
+    from . import train
+
+    table = Table(
+        "Handwritten digits: torch.optim (default step) and fusedopt (ours) side by side",
+        ["network", "optimizer"],
+        ["loss torch", "loss ours", "acc.% torch", "acc.% ours", "diff. epoch1", "diff. all",
+         "torch's drift", "us torch", "us ours", "ratio", "bound holds"],
+    )  # fmt: skip
+    for row in [row for row in rows if row["provider"] == CANDIDATE]:
+        failed = bool(train.failures(row))
+        table.add(
+            row["workload"], row["optimizer"], f"{row['loss_of_torch']:.4f}", f"{row['loss']:.4f}",
+            f"{row['accuracy_of_torch']:.2f}", f"{row['accuracy']:.2f}",
+            f"{row['difference_first_epoch']:.1e}", f"{row['difference']:.1e}",
+            f"{row['drift']:.1e}" + ("*" if row["drift_of"] == train.NUDGED else " "),
+            f"{row['ms_of_torch'] * 1e3:.1f}", f"{row['ms'] * 1e3:.1f}", times(row["faster"], 1),
+            "no" if failed else "yes", style="bad" if failed else "",
+        )  # fmt: skip
+    return table
+
+
+def pipeline_table(rows: Sequence[Row]) -> Table:
+    """One workload: nanoseconds a parameter of torch's stages, of both, and bytes beneath."""
+    first = rows[0]
+    chains = results.grouped(rows, "optimizer", "chain")
+    longest = max(chains.values(), key=len)
+    stages = [row["stage"] for row in longest if "stage" in row]
+    table = Table(
+        f"{first['workload']}: {first['elements']:,} elements; ns a "
+        f"parameter, medians of up to {max(row['rounds'] for row in rows)} rounds",
+        ["optimizer, chain"],
+        [*(f"torch {stage}" for stage in stages), "torch all", "ours one call", "floor",
+         "torch / ours", "ours / floor"],
+    )  # fmt: skip
+    for found in chains.values():
+        told = {row.get("stage") or row["provider"]: row for row in found}
+        ns = {name: number(results.nanoseconds(row)) for name, row in told.items()}
+        ours, columns = told[CANDIDATE], [*stages, "torch", CANDIDATE, FLOOR]
+        share, theirs = ours.get("floor_share"), told["torch"]["bytes"]
+        table.add(f"{ours['optimizer']} {ours['chain']}", *(ns.get(name) for name in columns),
+                  times(ours.get("faster"), 1), times(1 / share if share else None))  # fmt: skip
+        table.add("  bytes", *(str(told[n]["bytes"]) if n in told else None for n in columns),
+                  f"{theirs / ours['bytes']:.1f}x", "", style="dim")  # fmt: skip
+    return table
+
+
+def device_table(rows: Sequence[Row], words: Sequence[str]) -> Table:
+    """What a step, or a chain, does on a GPU, and what it costs the host."""
+    keys = ["kernels", "copies", "device_us", "host_us"]
+    table = Table("one of them on the device", words, keys)
+    for row in [row for row in rows if row.get("device_us") is not None]:
+        table.add(*(str(row[word]) for word in words), *(f"{row[key]:.1f}" for key in keys))
+    return table
+
+
+def load_table(rows: Sequence[Row]) -> Table:
+    """Samples and bytes a second of one set of rows, and the factor by which ours is faster."""
+    from .load import FEEDS, WORKLOADS
+
+    work, first = WORKLOADS[rows[0]["workload"]], rows[0]
+    batch = f"{work.batch_size} a batch ({work.batch_size * work.row_bytes / 1e6:.2g} MB)"
+    table = Table(f"{work.name}: {work.summary}, {batch}, to {first['device']}", ["feed"],
+                  ["ms an epoch", "samples/s", "GB/s", "TensorLoader is"])  # fmt: skip
+    for row in [row for row in rows if "ms" in row]:
+        ours, ratio = row["provider"] == CANDIDATE, row.get("over_fusedopt")
+        table.add(FEEDS[row["provider"]].title, f"{row['ms']:.1f}",
+                  f"{row['rows'] / row['ms'] * 1e3:,.0f}", f"{row['bytes'] / row['ms'] / 1e6:.2f}",
+                  "" if ours or ratio is None else f"{ratio:.2f} times as fast",
+                  style="ours" if ours else "")  # fmt: skip
+    return table
+
+
+def transfer_table(rows: Sequence[Row]) -> Table:
+    """The way to the GPU, by size of a batch."""
+    heads = ["memcpy GB/s", "DevicePrefetcher GB/s", "of memcpy", "TensorLoader GB/s", "of memcpy",
+             "hidden behind a kernel", "host us"]  # fmt: skip
+    table = Table("batches on their way to the GPU, medians", ["MiB a batch"], heads)
     for row in rows:
-        errors = [row["ulps"].get(scenario.name) for scenario in parity.SCENARIOS]
-        cells = [ABSENT if error is None else f"{error:.3g}" for error in errors]
-        style = None if row["same"] else "red"
-        told = verdict(row)
-        table.add_row(row["who"], row["optimizer"], row["dtype"], *cells, told, style=style)
-    title = f"Largest error after {parity.STEPS} steps against torch.optim in float64, in ulps"
-    return titled(title, table)
+        rate = {name: f"{value / 1e9:.1f}" for name, value in row["bytes_per_second"].items()}
+        table.add(str(row["batch_mib"]), rate["memcpy"], rate["prefetcher"],
+                  f"{row['prefetcher_share']:.0%}", rate["loader"], f"{row['loader_share']:.0%}",
+                  f"{row['hidden']:.0%}", f"{row['host_us']:.0f}")  # fmt: skip
+    return table
 
 
-def parity_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the columns are, and who could not be compared."""
-    most = ", ".join(f"{bound:.0f} in {str(dtype)[6:]}" for dtype, bound in parity.SAME.items())
-    notes = [
-        "from zeros: without decay, in ulps of the update; with decay: from normal weights, in "
-        f"ulps of the weight and its update. The arithmetic is the same up to {most}."
-    ]
-    return notes + [f"{row['who']}, {row['optimizer']}: {row['error']}"
-                    for row in rows if row["error"]]  # fmt: skip
+def parity_table(rows: Sequence[Row]) -> Table:
+    """Errors of the parity job, a line an optimizer and dtype."""
+    from . import parity
+
+    names = [scenario.name for scenario in parity.SCENARIOS]
+    table = Table(f"Largest error of {parity.STEPS} steps against torch.optim in float64, in ulps",
+                  ["who", "optimizer", "dtype"], [*names, "arithmetic"])  # fmt: skip
+    for row in rows:
+        errors = [row["ulps"].get(name) for name in names]
+        table.add(row["provider"], row["optimizer"], row["dtype"],
+                  *(None if error is None else f"{error:.3g}" for error in errors), row["parity"],
+                  style="" if row["parity"] == "same" else "bad")  # fmt: skip
+    return table
 
 
-def workload_table(workloads: Sequence[Workload], sweep: str) -> Group:
+def workload_table(workloads: Sequence[Workload]) -> Table:
     """Every workload and its size."""
-    table = make_table("workload")
-    add_figures(table, "tensors", "elements", "fp32 MB")
-    table.add_column("what")
-    for workload in workloads:
-        megabytes = f"{workload.elements * 4 / 1e6:,.1f}"
-        name = workload.name + ("" if workload.standard else " *")
-        cells = (f"{len(workload.shapes):,}", f"{workload.elements:,}", megabytes)
-        table.add_row(name, *cells, workload.summary)
-    return titled(f"Workloads (*: only by name; {sweep}: all of its sizes that fit)", table)
-
-
-def provider_table(found: Sequence[tuple[AnyProvider, list[str], list[str]]]) -> Group:
-    """Every provider, what it can step here, and why not the rest."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for header in ("provider", "steps", "why not"):
-        table.add_column(header, header_style="bold", overflow="fold")
-    for provider, able, reasons in found:
-        name = provider.name + ("" if provider.default else " *")
-        table.add_row(name, ", ".join(able) or "nothing", "; ".join(reasons))
-    return titled("Providers (*: only by name)", table)
+    table = Table(f"Workloads (*: only by name; {SWEEP}: all of its sizes that fit)",
+                  ["workload", "what"], ["tensors", "elements", "fp32 MB"])  # fmt: skip
+    for work in workloads:
+        table.add(work.name + ("" if work.standard else " *"), work.summary,
+                  f"{len(work.shapes):,}", f"{work.elements:,}",
+                  f"{work.elements * 4 / 1e6:,.1f}")  # fmt: skip
+    return table

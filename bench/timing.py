@@ -13,9 +13,13 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from timeit import default_timer  # torch.utils.benchmark's waits for the device
+from typing import Any
 
+import torch
 from torch.utils.benchmark import timer
 
 MIN_ROUNDS = 5
@@ -25,14 +29,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Stats:
-    """Median and spread of a sample.
-
-    Attributes:
-        median: the 50th percentile.
-        p20: the 20th percentile.
-        p80: the 80th percentile.
-        rounds: number of values.
-    """
+    """Median, 20th and 80th percentile of a sample, and the number of its values."""
 
     median: float
     p20: float
@@ -47,33 +44,51 @@ class Stats:
         fifths = statistics.quantiles(values, n=5, method="inclusive")
         return Stats(statistics.median(values), fifths[0], fifths[3], len(values))
 
-    def scaled(self, factor: float) -> Stats:
-        """The same statistics in another unit."""
-        return Stats(self.median * factor, self.p20 * factor, self.p80 * factor, self.rounds)
-
 
 @dataclass
 class Race:
-    """Times of the steps of several providers over the same rounds.
+    """Times of several entrants over the same rounds.
 
     Attributes:
-        seconds: by provider, or by `stage_of` one, then by round; nan in rounds it sat out.
+        seconds: by entrant, or `stage_of` one, then by round; nan in rounds it sat out.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def stats(self, name: str) -> Stats:
-        """Median and spread of one provider's step, in seconds."""
+        """Median and spread of one entrant, in seconds."""
         return Stats.of([value for value in self.seconds[name] if not math.isnan(value)])
 
-    def ratio(self, numerator: str, denominator: str) -> Stats:
-        """Median and spread of numerator / denominator over the rounds both ran in."""
+    def ratio(self, numerator: str | None, denominator: str | None) -> Stats | None:
+        """Median and spread of a ratio over the rounds both ran in; None if one did not run."""
+        if numerator not in self.seconds or denominator not in self.seconds:
+            return None
         pairs = zip(self.seconds[numerator], self.seconds[denominator], strict=True)
-        return Stats.of([a / b for a, b in pairs if not (math.isnan(a) or math.isnan(b))])
+        found = [a / b for a, b in pairs if not (math.isnan(a) or math.isnan(b))]
+        return Stats.of(found) if found else None
+
+    def columns(
+        self, name: str, baseline: str | None = None, floor: str | None = None
+    ) -> dict[str, Any]:
+        """An entrant's times as columns of a row: milliseconds, and ratios to two others.
+
+        `faster` is how many times faster than the baseline it is, `floor_share` the part of its
+        time that the floor takes.
+        """
+        told, rounds = self.stats(name), len(self.seconds[name])
+        found: dict[str, Any] = {"ms": told.median * 1e3, "p20": told.p20 * 1e3,
+                                 "p80": told.p80 * 1e3, "rounds": told.rounds}  # fmt: skip
+        if told.rounds < rounds:
+            found["of_rounds"] = rounds
+        if faster := self.ratio(baseline, name):
+            found |= {"faster": faster.median, "faster_p20": faster.p20, "faster_p80": faster.p80}
+        if share := self.ratio(floor, name):
+            found["floor_share"] = share.median
+        return found
 
 
 def stage_of(name: str, stage: str) -> str:
-    """The name that the times of a provider's stage have in a race."""
+    """The name that the times of an entrant's stage have in a race."""
     return f"{name}/{stage}"
 
 
@@ -119,7 +134,7 @@ def run_race(
     steps: Mapping[str, Step | Mapping[str, Step]],
     rounds: int,
     budget: float,
-    on_round: Callable[[int], None] = lambda index: None,
+    on_round: Step = lambda: None,
     before: Mapping[str, Step] | None = None,
 ) -> None:
     """Warms every step up twice and times it, round-robin.
@@ -129,7 +144,7 @@ def run_race(
         steps: by name, what to time; or its stages in their order, timed one by one.
         rounds: number of rounds.
         budget: seconds a single step may take over all rounds before it sits some out.
-        on_round: called before each round with its index, to move a progress bar.
+        on_round: called before each round, to move a progress bar.
         before: by name, what makes a step's inputs what they were; called before each, not timed.
     """
 
@@ -148,7 +163,7 @@ def run_race(
     gc.disable()  # a collection inside a step would be billed to it
     try:
         for index in range(rounds):
-            on_round(index)
+            on_round()
             times = {}
             for name in order_of_round(list(steps), index):
                 times |= (
@@ -158,3 +173,48 @@ def run_race(
                 race.seconds.setdefault(name, []).append(times[name])
     finally:
         gc.enable()
+
+
+@contextmanager
+def use_threads(number: int) -> Iterator[None]:
+    """Sets torch's number of threads (which fusedopt and the floor obey) for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- on a GPU, what a wall clock blends ----
+
+
+def look(step: Step, before: Step = lambda: None, repeats: int = 5) -> dict[str, Any]:
+    """Kernels, copies and microseconds of a step on the GPU, and microseconds of the host's call.
+
+    With `before`, which is not to be seen, there can be but one repeat of the first three.
+    """
+    times = []
+    for _ in range(20):
+        before()
+        torch.cuda.synchronize()
+        start = default_timer()
+        step()
+        times.append(default_timer() - start)
+    before()
+    step()
+    before()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    copies = [event for event in events if event.name.startswith(("Memcpy", "Memset"))]
+    return {
+        "kernels": (len(events) - len(copies)) / repeats,
+        "copies": len(copies) / repeats,
+        "device_us": sum(event.device_time_total for event in events) / repeats,
+        "host_us": statistics.median(times) * 1e6,
+    }

@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -30,7 +29,8 @@ from torch import nn
 from fusedopt.data import DevicePrefetcher, TensorLoader
 
 from . import optimizers
-from .providers import PROVIDERS, OptimizerProvider
+from .providers import PROVIDERS
+from .rows import Row
 from .timing import Race, time_once
 
 TEST_IMAGES = 597  # one image is 0.17 points of accuracy
@@ -137,112 +137,45 @@ class Run:
         return 100 * (self.model(images).argmax(1) == classes).double().mean().item()
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Largest relative difference between the losses of two runs, batch by batch.
-
-    Attributes:
-        first_epoch: over the first epoch.
-        whole_run: over all epochs.
-    """
-
-    first_epoch: float
-    whole_run: float
-
-    @staticmethod
-    def between(reference: Run, other: Run, batches_per_epoch: int) -> Difference:
-        """Difference of `other` relative to `reference`."""
-        a = torch.tensor(reference.losses, dtype=torch.float64)
-        b = torch.tensor(other.losses, dtype=torch.float64)
-        relative = (a - b).abs() / a.abs()  # amax hands a nan through, so a broken run shows
-        return Difference(relative[:batches_per_epoch].amax().item(), relative.amax().item())
+def difference(reference: Run, other: Run, batches: int | None = None) -> float:
+    """Largest relative difference of a loss, batch by batch, over the first `batches` or all."""
+    a = torch.tensor(reference.losses[:batches], dtype=torch.float64)
+    b = torch.tensor(other.losses[:batches], dtype=torch.float64)
+    return float(((a - b).abs() / a.abs()).amax())  # hands a nan through: a broken run shows
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was measured for one optimizer on one network.
+def failures(row: Row) -> list[str]:
+    """What does not hold of fusedopt's row, one sentence each; empty if all does."""
+    # Below the bound of the first epoch curves count as the same: a drift of a single rounding,
+    # as a very short run has it, is not a measure to hold anything against.
+    bound = max(FIRST_EPOCH_BOUND, DRIFT_FACTOR * row["drift"])
+    points = abs(row["accuracy"] - row["accuracy_of_torch"])
+    checks = (
+        ("first epoch's loss difference", row["difference_first_epoch"], FIRST_EPOCH_BOUND),
+        ("whole run's loss difference", row["difference"], bound),
+        ("difference in accuracy points", points, ACCURACY_POINTS),
+    )
+    where = f"{row['optimizer']} on {row['workload']}"
+    # Written as "not <=" so that nan fails.
+    return [
+        f"{where}: {what} is {value:.1e}, at most {limit:.1e} is allowed"
+        for what, value, limit in checks
+        if not value <= limit
+    ]
 
-    Attributes:
-        model: name in ``MODELS``.
-        optimizer: name of the optimizer.
-        settings: its keyword arguments.
-        batches_per_epoch: number of values of a curve that make an epoch.
-        curves: by run, the loss of every batch.
-        accuracy: by run, percentage of the test images classified correctly.
-        difference: between torch's default step and fusedopt.
-        drifts: by run of torch, its difference from torch's default step.
-        times: duration of ``step()`` in the reference and fusedopt, first epoch left out.
-    """
 
-    model: str
-    optimizer: str
-    settings: dict[str, Any]
-    batches_per_epoch: int
-    curves: dict[str, list[float]]
-    accuracy: dict[str, float]
-    difference: Difference
-    drifts: dict[str, Difference]
-    times: Race
-
-    @property
-    def drift_source(self) -> str:
-        """The run whose drift is the measure: torch's twin that drifts most, or the nudged one."""
-        twins = [name for name in TWINS if name in self.drifts]
-        largest = max(twins, key=lambda name: self.drifts[name].whole_run, default=NUDGED)
-        return largest if self.drifts[largest].whole_run > 0 else NUDGED
-
-    @property
-    def drift(self) -> Difference:
-        """How far torch's own steps drift apart on this network and optimizer."""
-        return self.drifts[self.drift_source]
-
-    def final_loss(self, run: str) -> float:
-        """Mean loss of a run over its last epoch."""
-        return self.epoch_losses(run)[-1]
-
-    def epoch_losses(self, run: str) -> list[float]:
-        """Mean loss of a run in each epoch."""
-        values = torch.tensor(self.curves[run], dtype=torch.float64)
-        return [float(value) for value in values.view(-1, self.batches_per_epoch).mean(1)]
-
-    def failures(self) -> list[str]:
-        """What does not hold, one sentence each; empty when fusedopt is the same optimizer."""
-        # Below the bound of the first epoch curves count as the same: a drift of a single rounding,
-        # as a very short run has it, is not a measure to hold anything against.
-        bound = max(FIRST_EPOCH_BOUND, DRIFT_FACTOR * self.drift.whole_run)
-        points = abs(self.accuracy[REFERENCE] - self.accuracy[CANDIDATE])
-        checks = (
-            ("first epoch's loss difference", self.difference.first_epoch, FIRST_EPOCH_BOUND),
-            ("whole run's loss difference", self.difference.whole_run, bound),
-            ("difference in accuracy points", points, ACCURACY_POINTS),
-        )
-        where = f"{self.optimizer} on {self.model}"
-        # Written as "not <=" so that nan fails.
-        return [
-            f"{where}: {what} is {value:.1e}, at most {limit:.1e} is allowed"
-            for what, value, limit in checks
-            if not value <= limit
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything measured, as it stands in the result file; times in milliseconds."""
-        return {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "settings": self.settings,
-            "batches_per_epoch": self.batches_per_epoch,
-            "final_loss": {run: self.final_loss(run) for run in self.curves},
-            "test_accuracy": self.accuracy,
-            "difference": asdict(self.difference),
-            "drift": {"source": self.drift_source, **asdict(self.drift)},
-            "drifts": {run: asdict(drift) for run, drift in self.drifts.items()},
-            "step_ms": {
-                run: asdict(self.times.stats(run).scaled(1e3)) for run in (REFERENCE, CANDIDATE)
-            },
-            "torch_over_fusedopt": asdict(self.times.ratio(REFERENCE, CANDIDATE)),
-            "failures": self.failures(),
-            "curves": self.curves,
-        }
+def verdict(rows: Sequence[Row]) -> str:
+    """Whether fusedopt trained as torch.optim does, and where it did not."""
+    bound = (
+        f"loss curves within {FIRST_EPOCH_BOUND:.0e} relative over the first epoch and afterwards "
+        f"within that or {DRIFT_FACTOR:.0f} times torch's own drift; accuracies within "
+        f"{ACCURACY_POINTS} points"
+    )
+    ours = [row for row in rows if row["provider"] == CANDIDATE]
+    found = [failure for row in ours for failure in failures(row)]
+    if not found:
+        return f"The bound holds for all {len(ours)} rows: {bound}."
+    return "\n".join([f"The bound does NOT hold ({bound}):", *(f"  {line}" for line in found)])
 
 
 def measure(
@@ -251,8 +184,8 @@ def measure(
     epochs: int,
     seed: int,
     on_epoch: Callable[[str], None] = lambda label: None,
-) -> Iterator[Row]:
-    """Trains every model with every optimizer and yields a row for each pair.
+) -> Iterator[list[Row]]:
+    """Trains every model with every optimizer and yields the rows of each pair.
 
     Args:
         models: names in ``MODELS``.
@@ -268,7 +201,7 @@ def measure(
         for batches in digits.batches(epochs, seed):
             on_epoch(f"{model} / {optimizer}")
             train_in_lockstep(list(runs.values()), batches)
-        yield make_row(model, optimizer, runs, digits, len(batches))
+        yield rows_of(model, optimizer, runs, digits, len(batches))
 
 
 def train_in_lockstep(
@@ -287,7 +220,6 @@ def make_runs(model: nn.Module, optimizer: str) -> dict[str, Run]:
     runs = {}
     for name in (REFERENCE, *TWINS, CANDIDATE):
         provider = PROVIDERS[name]
-        assert isinstance(provider, OptimizerProvider)
         if name in TWINS and provider.unavailable(optimizer):
             continue
         twin = copy.deepcopy(model)
@@ -297,35 +229,37 @@ def make_runs(model: nn.Module, optimizer: str) -> dict[str, Run]:
         for parameter in nudged.parameters():
             parameter.copy_(torch.nextafter(parameter, 2 * parameter))
     reference = PROVIDERS[REFERENCE]
-    assert isinstance(reference, OptimizerProvider)
     parameters = list(nudged.parameters())
     runs[NUDGED] = Run(nudged, reference.optimizer(optimizer, parameters, **settings))
     return runs
 
 
-def make_row(
+def rows_of(
     model: str, optimizer: str, runs: dict[str, Run], digits: Digits, batches_per_epoch: int
-) -> Row:
-    """Compares finished runs with the reference."""
-    differences = {
-        name: Difference.between(runs[REFERENCE], run, batches_per_epoch)
-        for name, run in runs.items()
-        if name != REFERENCE
-    }
+) -> list[Row]:
+    """A row a run: its losses, its accuracy, and how far it is from torch's default step."""
     total = len(runs[REFERENCE].losses)
     warm_up = batches_per_epoch if total > batches_per_epoch else 0
-    timed = {name: runs[name].step_seconds[warm_up:] for name in (REFERENCE, CANDIDATE)}
-    return Row(
-        model=model,
-        optimizer=optimizer,
-        settings=optimizers.settings(optimizer).train,
-        batches_per_epoch=batches_per_epoch,
-        curves={name: run.losses for name, run in runs.items()},
-        accuracy={
-            name: run.accuracy(digits.test_images, digits.test_classes)
-            for name, run in runs.items()
-        },
-        difference=differences.pop(CANDIDATE),
-        drifts=differences,
-        times=Race(timed),
-    )
+    race = Race({name: run.step_seconds[warm_up:] for name, run in runs.items()})
+    found = {}
+    for name, run in runs.items():
+        means = torch.tensor(run.losses, dtype=torch.float64).view(-1, batches_per_epoch).mean(1)
+        found[name] = {
+            "job": "train", "workload": model, "optimizer": optimizer, "dtype": "float32",
+            "provider": name, "loss": float(means[-1]),
+            "accuracy": run.accuracy(digits.test_images, digits.test_classes),
+            "difference_first_epoch": difference(runs[REFERENCE], run, batches_per_epoch),
+            "difference": difference(runs[REFERENCE], run),
+            "baseline": REFERENCE, **race.columns(name, REFERENCE),
+            # Epochs enough to draw their means; otherwise every batch.
+            "per_epoch": 1 if len(means) >= 5 else batches_per_epoch,
+            "curve": means.tolist() if len(means) >= 5 else run.losses,
+        }  # fmt: skip
+    twins = [name for name in TWINS if name in found]
+    drift = max(twins, key=lambda name: found[name]["difference"], default=NUDGED)
+    drift = drift if found[drift]["difference"] > 0 else NUDGED
+    found[CANDIDATE] |= {"drift": found[drift]["difference"], "drift_of": drift,
+                         "accuracy_of_torch": found[REFERENCE]["accuracy"],
+                         "loss_of_torch": found[REFERENCE]["loss"],
+                         "ms_of_torch": found[REFERENCE]["ms"]}  # fmt: skip
+    return [*found.values()]

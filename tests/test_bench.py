@@ -1,14 +1,17 @@
-"""The benchmark's own promises: exact workloads, fair rounds, clear errors, a complete result file.
+"""The benchmark's own promises: exact workloads, fair rounds, clear errors, complete rows.
 
 No test asserts a time.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
+import os
 import subprocess
 import sys
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,19 +19,23 @@ import torch
 
 import fusedopt
 from fusedopt.bench import __main__ as cli
-from fusedopt.bench import machine, optimizers, picture, pipeline, step, timing, train
+from fusedopt.bench import (
+    floor,
+    load,
+    memory,
+    optimizers,
+    parity,
+    pipeline,
+    providers,
+    rows,
+    timing,
+    train,
+    workloads,
+)  # fmt: skip
 from fusedopt.bench.workloads import WORKLOADS, Workload
 
 for needed in ("rich", "matplotlib", "sklearn"):
     pytest.importorskip(needed, reason="fusedopt.bench needs it")
-
-STATS_KEYS = {"median", "p20", "p80", "rounds"}
-
-
-def bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the command as a user does."""
-    command = [sys.executable, "-m", "fusedopt.bench", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 # ---- workloads and optimizers ----
@@ -41,21 +48,48 @@ def bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("gpt2", 148, 124_439_808),
         ("many", 1000, 1000 * 4096),
         ("tiny", 5000, 5000 * 64),
+        ("resnet50", 161, 25_557_032),
+        ("bert-base", 199, 109_482_240),
+        ("vit-l16", 296, 304_326_632),
+        ("llama-3-8b", 291, 8_030_261_248),
     ],
 )
-def test_workloads_have_exactly_the_shapes_they_name(name: str, tensors: int, elements: int):
+def test_workloads_have_the_published_numbers_of_parameters(name, tensors, elements):
     assert len(WORKLOADS[name].shapes) == tensors
     assert WORKLOADS[name].elements == elements
 
 
-def test_gpt2_has_the_models_shapes_in_its_order():
-    shapes = WORKLOADS["gpt2"].shapes
-    assert shapes[:2] == ((50257, 768), (1024, 768))
-    block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,)]
-    block += [(768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)]
-    for index in range(12):
-        assert list(shapes[2 + 12 * index : 14 + 12 * index]) == block
-    assert shapes[-2:] == ((768,), (768,))
+@pytest.mark.parametrize("name", ["gpt2", "bert-base", "llama-3-8b"])
+def test_shapes_are_those_of_the_models_own_code(name):
+    transformers = pytest.importorskip("transformers")
+    llama = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
+             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+             "tie_word_embeddings": False}  # fmt: skip
+    with torch.device("meta"):
+        model = {
+            "gpt2": lambda: transformers.GPT2Model(transformers.GPT2Config()),
+            "bert-base": lambda: transformers.BertModel(transformers.BertConfig()),
+            "llama-3-8b": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)),
+        }[name]()
+    assert WORKLOADS[name].shapes == tuple(tuple(p.shape) for p in model.parameters())
+
+
+def test_scale_takes_away_blocks_and_changes_the_name():
+    whole = WORKLOADS["llama-3-8b"]
+    quarter = whole.scaled(0.25)
+    assert quarter.name == "llama-3-8b-8-blocks"
+    assert len(quarter.shapes) == 3 + 8 * 9
+    assert whole.scaled(1.0) is whole
+    assert len(whole.scaled(0.001).shapes) == 3 + 9  # one block stays
+    assert WORKLOADS["many"].scaled(0.5) is WORKLOADS["many"]
+
+
+def test_the_sweep_is_geometric_and_asked_for_by_one_name():
+    sizes = [WORKLOADS[name].elements for name in workloads.members("sweep")]
+    assert (sizes[0], sizes[-1]) == (2**10, 2**30)
+    assert {b // a for a, b in pairwise(sizes)} == {4}
+    assert "sweep" in workloads.choices()
+    assert "sweep-1K" not in workloads.choices()
 
 
 def test_every_exported_optimizer_is_benchmarked():
@@ -71,6 +105,68 @@ def test_every_exported_optimizer_is_benchmarked():
 def test_the_floor_moves_as_many_states_as_the_optimizer_keeps():
     counted = {name: optimizers.count_states(name) for name in optimizers.SETTINGS}
     assert counted == {"SGD": 1, "Adagrad": 1, "RMSprop": 1, "Adam": 2, "AdamW": 2}
+
+
+def test_an_optimizers_formulas_are_read_from_the_registry():
+    told = {name: len(list(optimizers.variants(name))) for name in optimizers.SETTINGS}
+    assert told == {"SGD": 3, "Adagrad": 1, "RMSprop": 4, "Adam": 4, "AdamW": 2}
+
+
+# ---- the floor ----
+
+
+def move_on_cpu(made, measures, zero_grads):
+    floor.TrafficFloor(made, measures, zero_grads).run()
+
+
+def move_by_triton(made, measures, zero_grads):
+    """What a GPU would do, by Triton's interpreter."""
+    moved = object.__new__(floor.TrafficFloor)
+    moved.rows, moved.width = made, len(made[0])
+    moved.measures, moved.zero_grads = measures, zero_grads
+    moved._on_gpu()()
+
+
+def check_every_word(move):
+    for states, zero_grads in itertools.product((0, 2, 6), (False, True)):
+        generator = torch.Generator().manual_seed(0)
+        made = [[torch.randint(0, 2**30, (n,), dtype=torch.int32, generator=generator)
+                 for _ in range(2 + states)] for n in (1, 2, 0, 1030, 5000, 70_001)]  # fmt: skip
+        before = [[array.clone() for array in row] for row in made]
+        move(made, True, zero_grads)
+        for row, old in zip(made, before, strict=True):
+            for a, array in enumerate(row):
+                grad = torch.zeros_like(array) if zero_grads else old[1]
+                assert torch.equal(array, grad if a == 1 else old[a] + old[1])
+
+
+def test_the_floor_reads_and_writes_every_word():
+    check_every_word(move_on_cpu)
+
+
+def test_a_gpus_floor_reads_and_writes_every_word():
+    pytest.importorskip("triton")
+    code = "import test_bench as t; t.check_every_word(t.move_by_triton)"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_without_a_compiler_the_floor_is_not_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    floor.library.cache_clear()
+    try:
+        why = providers.PROVIDERS["floor"].unavailable("AdamW")
+        assert why.startswith("the floor was not measured: it needs a C compiler, no-such-compiler")
+    finally:
+        floor.library.cache_clear()
+
+
+def test_rows_of_the_floor_are_checked():
+    with pytest.raises(ValueError, match="as many bytes each"):
+        floor.TrafficFloor([[torch.ones(2), torch.ones(3)]])
 
 
 # ---- timing ----
@@ -143,225 +239,6 @@ def test_ratios_pair_the_rounds_both_ran_in():
     assert race.stats("slow") == timing.Stats(8.0, pytest.approx(5.6), pytest.approx(21.2), 3)
 
 
-# ---- the command line ----
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (
-            ["stepp"],
-            "unknown subcommand 'stepp'; wanted: train, step, pipeline, load, parity, report",
-        ),
-        (["step", "--workloads", "gpt3"], "--workloads: unknown workload 'gpt3'; wanted: a comma"),
-        (["step", "--optimizers", "AdamW,Lamb"], "--optimizers: unknown optimizer 'Lamb'"),
-        (["step", "--providers", "adam++"], "--providers: unknown provider 'adam++'"),
-        (["step", "--providers", "apex"], "--providers: apex: apex is not installed; its README"),
-        (["step", "--baseline", "apex"], "--baseline: apex is not among the providers"),
-        (["step", "--baseline", "adam++"], "--baseline: invalid choice: 'adam++'"),
-        (["step", "--model", "json"], "--model: got 'json'; wanted: module:factory"),
-        (["step", "--model", "json:loads"], "--model: 'json:loads': TypeError"),
-        (["step", "--scale", "0"], "--scale: got '0'; wanted: a number above 0, at most 1"),
-        (["step", "--csv", "{file}/result.csv"], "--csv: cannot write to"),
-        (["parity", "no_such:Adam"], "cannot import 'no_such:Adam' (ModuleNotFoundError"),
-        (["parity", "collections:OrderedDict"], "torch.optim has no OrderedDict"),
-        (["report"], "the following arguments are required: FILE"),
-        (["report", "{file}"], "wanted: a file of step --json"),
-        (["report", "{file}", "--out", "{file}/plots"], "--out: cannot write to"),
-        (["step", "--dtype", "int8"], "--dtype: unknown dtype 'int8'"),
-        (["train", "--models", "resnet"], "--models: unknown model 'resnet'"),
-        (["step", "--rounds", "0"], "--rounds: got '0'; wanted: a whole number, at least 1"),
-        (["step", "--rounds", "many"], "--rounds: got 'many'; wanted: a whole number"),
-        (["step", "--seconds", "nan"], "--seconds: got 'nan'; wanted: a number, at least 0"),
-        (["train", "--rounds", "3"], "unrecognized arguments: --rounds"),
-        (["pipeline", "--chains", "clip,lamb"], "--chains: unknown chain 'lamb'; wanted: a comma"),
-        (["pipeline", "--workloads", "gpt3"], "--workloads: unknown workload 'gpt3'"),
-        (["pipeline", "--dtype", "float32"], "unrecognized arguments: --dtype"),
-        (["pipeline", "--rounds", "0"], "--rounds: got '0'; wanted: a whole number, at least 1"),
-        (["pipeline", "--out", "{file}/plots"], "--out: cannot write to"),
-        (["step", "--chains", "clip"], "unrecognized arguments: --chains"),
-        (["--out", "{file}/plots"], "--out: cannot write to"),
-        (["--json", "{file}/result.json"], "--json: cannot write to"),
-        (["--json", "{directory}"], "is a directory; wanted: the name of a file"),
-    ],
-)
-def test_wrong_arguments_stop_before_any_work(arguments: list[str], said: str, tmp_path, capsys):
-    (tmp_path / "file").write_text("not a directory")
-    places = {"file": tmp_path / "file", "directory": tmp_path}
-    with pytest.raises(SystemExit) as stop:
-        cli.main([argument.format(**places) for argument in arguments])
-    assert stop.value.code == 2
-    assert said in capsys.readouterr().err
-
-
-def test_a_missing_package_is_named_with_the_remedy(monkeypatch, capsys):
-    monkeypatch.setitem(cli.NEEDS, "no_such_module", "no-such-package")
-    with pytest.raises(SystemExit) as stop:
-        cli.main([])
-    assert stop.value.code == 2
-    assert "python -m pip install no-such-package" in capsys.readouterr().err
-
-
-def test_a_workload_that_does_not_fit_is_refused_or_left_out(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(machine, "available_memory", lambda device: 50_000_000)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["step", "--workloads", "gpt2"])
-    assert stop.value.code == 2
-    assert "workload gpt2 needs" in capsys.readouterr().err
-    result = tmp_path / "result.json"
-    options = ["--optimizers", "SGD", "--providers", "fusedopt,floor", "--rounds", "1"]
-    options += ["--memory", "none", "--skip-parity"]
-    assert cli.main(["step", *options, "--json", str(result)]) == 0  # nobody asked for it by name
-    assert "Left out: workload huge needs" in capsys.readouterr().out
-    assert [row["workload"] for row in json.loads(result.read_text())["step"]["rows"]] == ["tiny"]
-
-
-def test_a_pipeline_that_cannot_run_here_stops_before_any_work(monkeypatch, capsys):
-    monkeypatch.setattr(machine, "available_memory", lambda device: 50_000_000)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["pipeline", "--workloads", "many,one", "--chains", "ema"])
-    assert stop.value.code == 2
-    assert "workload many needs 0.3 GB of memory" in capsys.readouterr().err
-    monkeypatch.setattr(cli, "backend_for", lambda device: None)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["pipeline"])
-    assert stop.value.code == 2
-    assert "--device: fusedopt has no kernels for cpu here" in capsys.readouterr().err
-
-
-# ---- the jobs ----
-
-
-def test_train_compares_draws_and_records(tmp_path):
-    arguments = ["--epochs", "1", "--models", "mlp", "--optimizers", "AdamW,RMSprop"]
-    done = bench("train", *arguments, "--json", "result.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "The bound holds for all 2 rows" in done.stdout
-    picture = tmp_path / "build" / "bench" / "loss_curves.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["complete"]
-    assert result["step"] == result["pipeline"] == {"rows": []}
-    assert set(result["machine"]) >= {
-        "date", "gpu", "cuda", "cpu", "cores", "threads", "tier", "python", "torch", "fusedopt",
-        "git_revision",
-    }  # fmt: skip
-    assert [row["optimizer"] for row in result["train"]["rows"]] == ["AdamW", "RMSprop"]
-    for row in result["train"]["rows"]:
-        assert row["failures"] == []
-        assert row["difference"]["first_epoch"] <= train.FIRST_EPOCH_BOUND
-        assert len(row["curves"]["fusedopt"]) == row["batches_per_epoch"] == 19
-        assert set(row["final_loss"]) == set(row["test_accuracy"]) == set(row["curves"])
-        assert set(row["step_ms"]) == {"torch-default", "fusedopt"}
-        assert set(row["torch_over_fusedopt"]) == STATS_KEYS
-    drifts = [set(row["drifts"]) for row in result["train"]["rows"]]
-    assert drifts == [
-        {"torch-foreach", "torch-fused", "torch-nudged"},
-        {"torch-foreach", "torch-nudged"},  # torch has no fused RMSprop
-    ]
-
-
-def test_train_fails_and_names_the_row_when_the_curves_differ(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train, "FIRST_EPOCH_BOUND", -1.0)  # even the same curve is too far away
-    options = ["--epochs", "1", "--models", "mlp", "--optimizers", "SGD", "--out", str(tmp_path)]
-    assert cli.main(["train", *options]) == 1
-    said = capsys.readouterr().out
-    assert "The bound does NOT hold" in said
-    assert "SGD on mlp: first epoch's loss difference is" in said
-
-
-@pytest.mark.parametrize(
-    ("whole_run", "drift", "accuracy", "failures"),
-    [
-        (2.9e-3, 1e-3, 97.4, 0),  # within three times torch's drift, half a point away
-        (3.1e-3, 1e-3, 97.0, 1),
-        (9e-6, 1e-8, 97.0, 0),  # a drift of one rounding is no measure
-        (math.nan, 1e-3, 97.0, 1),
-        (0.0, 1e-3, 96.0, 1),
-    ],
-)
-def test_bound_on_curves_and_accuracy(whole_run, drift, accuracy, failures):
-    row = train.Row(
-        model="mlp",
-        optimizer="Adam",
-        settings={},
-        batches_per_epoch=1,
-        curves={},
-        accuracy={"torch-default": 97.0, "fusedopt": accuracy},
-        difference=train.Difference(0.0, whole_run),
-        drifts={
-            "torch-fused": train.Difference(0.0, drift),
-            "torch-nudged": train.Difference(0.0, 1.0),
-        },
-        times=timing.Race(),
-    )
-    assert row.drift_source == "torch-fused"
-    assert len(row.failures()) == failures
-
-
-def test_step_records_every_provider(tmp_path):
-    arguments = ["--workloads", "tiny", "--rounds", "3", "--optimizers", "AdamW,RMSprop"]
-    arguments += ["--providers", "torch-default,torch-foreach,torch-fused,fusedopt,floor"]
-    arguments += ["--memory", "none"]
-    done = bench("step", *arguments, "--json", "result.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "torch fused: torch.optim.RMSprop has no fused step" in done.stdout
-    assert "fusedopt's AdamW step: on tiny" in done.stdout
-
-    result = json.loads((tmp_path / "result.json").read_text())
-    adamw, rmsprop = result["step"]["rows"]
-    assert (adamw["workload"], adamw["tensors"], adamw["elements"]) == ("tiny", 5000, 320_000)
-    usual = {"torch-default", "torch-foreach", "torch-fused", "fusedopt", "floor"}
-    assert set(adamw["step_ms"]) == usual
-    assert adamw["unavailable"] == {}
-    assert adamw["bytes_per_parameter"] == 28
-    assert set(adamw["baseline_over"]) == set(adamw["floor_over"]) == usual
-    assert all(adamw["parity"][name]["same"] for name in usual - {"floor"})
-    assert adamw["peak_bytes"] == rmsprop["peak_bytes"] == {}
-    assert set(rmsprop["step_ms"]) == usual - {"torch-fused"}
-    assert set(rmsprop["unavailable"]) == {"torch-fused"}
-    assert set(adamw["ratios"]) == {
-        "fusedopt_over_floor", "best_torch_over_fusedopt", "torch_fused_over_fusedopt",
-    }  # fmt: skip
-    for stats in (*adamw["step_ms"].values(), *adamw["ratios"].values()):
-        assert set(stats) == STATS_KEYS
-        assert stats["rounds"] == 3
-        assert 0 < stats["p20"] <= stats["median"] <= stats["p80"]
-
-
-def test_default_step_rows_include_bfloat16_where_bytes_decide():
-    standard = [name for name, workload in WORKLOADS.items() if workload.standard]
-    tasks = step.plan_tasks(standard, optimizers.names(), None)
-    assert [task for task in tasks if task.dtype != "float32"] == [
-        step.Task("huge", "AdamW", "bfloat16"),
-        step.Task("many", "AdamW", "bfloat16"),
-    ]
-    assert len(tasks) == 4 * len(optimizers.names()) + 2
-
-
-def test_interrupt_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
-    def interrupted(race, steps, rounds, budget, on_round):
-        on_round(0)
-        race.seconds.update({name: [1e-3] for name in steps})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(step, "run_race", interrupted)
-    result = tmp_path / "result.json"
-    arguments = ["step", "--workloads", "tiny", "--optimizers", "SGD", "--json", str(result)]
-    arguments += ["--memory", "none", "--providers", "torch-fused,fusedopt,floor"]
-    assert cli.main(arguments) == cli.EXIT_INTERRUPTED
-    said = capsys.readouterr().out
-    assert "tiny: 5,000 tensors" in said
-    assert "Interrupted" in said
-    content = json.loads(result.read_text())
-    assert not content["complete"]
-    assert len(content["step"]["rows"]) == 1
-
-
-# ---- the pipeline job ----
-
-
 @pytest.fixture
 def small(monkeypatch):
     """A workload of a moment, of grouped parameters, some of them beyond a chunk."""
@@ -421,71 +298,349 @@ def test_bytes_are_what_each_stage_has_to_move():
     assert (sum(clip.torch_bytes(1).values()), sum(clip.fused_bytes(0).values())) == (44, 20)
 
 
+# ---- the command line ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("stepp", "invalid choice: 'stepp'"),
+        ("step --workloads gpt3", "--workloads: invalid choice: 'gpt3'"),
+        ("step --optimizers AdamW Lamb", "--optimizers: invalid choice: 'Lamb'"),
+        ("step --providers apex", "--providers: apex: apex is not installed; its README"),
+        ("step --baseline apex", "--baseline: apex is not among the providers"),
+        ("step --model json", "--model: got 'json'; wanted: module:factory"),
+        ("step --model json:loads", "--model: 'json:loads': TypeError"),
+        ("step --scale 0", "--scale: invalid fraction value: '0'"),
+        ("step --rounds 0", "--rounds: invalid positive value: '0'"),
+        ("step --csv {file}/result.csv", "--csv: cannot write to"),
+        ("step --chains clip", "unrecognized arguments: --chains"),
+        ("parity no_such:Adam", "cannot import 'no_such:Adam' (ModuleNotFoundError"),
+        ("parity collections:OrderedDict", "torch.optim has no OrderedDict"),
+        ("report", "the following arguments are required: FILE"),
+        ("report {file}", "wanted: a file that --json has written"),
+        ("train --models resnet", "--models: invalid choice: 'resnet'"),
+        ("pipeline --dtype float32", "unrecognized arguments: --dtype"),
+        ("load --workloads images2", "--workloads: invalid choice: 'images2'"),
+        ("--out {file}/plots", "--out: cannot write to"),
+        ("--json {directory}", "is a directory; wanted: the name of a file"),
+    ],
+)
+def test_wrong_arguments_stop_before_any_work(arguments, said, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a directory")
+    places = {"file": tmp_path / "file", "directory": tmp_path}
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments.format(**places).split())
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_the_remedy(monkeypatch, capsys):
+    monkeypatch.setitem(cli.NEEDS, "no_such_module", "no-such-package")
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert "python -m pip install no-such-package" in capsys.readouterr().err
+
+
+def run(job, path, code=0):
+    """A job's rows."""
+    assert cli.main([*job.split(), "--json", str(path / "rows.jsonl")]) == code
+    return rows.read(path / "rows.jsonl")
+
+
+def test_a_workload_that_does_not_fit_is_refused_or_left_out(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rows, "available_memory", lambda device="cpu": 500_000)
+    with pytest.raises(SystemExit):
+        cli.main(["step", "--workloads", "huge"])
+    assert "--workloads: workload huge needs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["load", "--workloads", "table"])
+    assert "table needs" in capsys.readouterr().err
+    job = "step --workloads sweep --optimizers SGD --providers fusedopt --rounds 1 --memory none"
+    found = run(job, tmp_path)
+    assert [row["workload"] for row in found][:2] == ["sweep-1K", "sweep-4K"]
+    said = capsys.readouterr().out
+    assert "Left out: workload sweep-" in said
+    assert "sweep: one tensor of so many elements" in said
+
+
+# ---- the jobs ----
+
+
+def test_train_compares_draws_and_records(tmp_path, capsys, monkeypatch):
+    job = f"train --epochs 1 --models mlp --optimizers SGD --out {tmp_path}"
+    found = run(job, tmp_path)
+    assert (tmp_path / "loss_curves.png").stat().st_size > 10_000
+    told = {row["provider"]: row for row in found}
+    assert set(told) == {"torch-default", "torch-foreach", "torch-fused", "fusedopt",
+                         "torch-nudged"}  # fmt: skip
+    assert all(len(row["curve"]) == 19 and row["ms"] > 0 for row in found)
+    assert told["fusedopt"]["difference"] <= 1e-5
+    assert "The bound holds for all 1 rows" in capsys.readouterr().out
+    monkeypatch.setattr(train, "FIRST_EPOCH_BOUND", -1.0)
+    run(job, tmp_path, code=1)
+    assert "SGD on mlp: first epoch's loss difference is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("whole_run", "drift", "accuracy", "failures"),
+    [
+        (9e-6, 0.0, 97.0, 0),
+        (2e-5, 1e-6, 97.0, 1),
+        (2e-5, 1e-5, 97.0, 0),
+        (0.0, 0.0, 96.0, 1),
+        (math.nan, 1.0, math.nan, 2),
+    ],
+)
+def test_bound_on_curves_and_accuracy(whole_run, drift, accuracy, failures):
+    row = {"optimizer": "SGD", "workload": "mlp", "difference_first_epoch": 0.0, "drift": drift,
+           "difference": whole_run, "accuracy": accuracy, "accuracy_of_torch": 97.0}  # fmt: skip
+    assert len(train.failures(row)) == failures
+
+
+def test_step_records_every_provider(small, tmp_path, capsys):
+    job = "step --workloads small --optimizers AdamW RMSprop --rounds 3 --dtype bfloat16"
+    found = run(f"{job} --csv {tmp_path}/rows.csv", tmp_path)
+    usual = {"torch-default", "torch-foreach", "torch-fused", "fusedopt", "floor"}
+    adamw = {row["provider"]: row for row in found
+             if row["optimizer"] == "AdamW" and "ms" in row}  # fmt: skip
+    assert set(adamw) == usual
+    for name, row in adamw.items():
+        assert row["rounds"] == 3
+        assert row["bytes"] == 14
+        assert row["floor_share"] > 0
+        assert row["faster_p20"] <= row["faster"] <= row["faster_p80"]
+        assert (row.get("parity"), row.get("peak_bytes", 0) > 0) == (
+            (None, False) if name == "floor" else ("same", True)
+        )
+        assert {row["device"], row["dtype"], row["date"] != ""} == {"cpu", "bfloat16", True}
+    assert adamw["fusedopt"]["backend"] == "cpu: 4"
+    (missing,) = [row for row in found if "missing" in row]
+    assert missing["missing"] == "torch.optim.RMSprop has no fused step"
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(found)
+    said = capsys.readouterr().out
+    assert "small: a few tensors" in said
+    assert "fusedopt's AdamW step: on small" in said
+
+
+def test_the_step_job_has_a_gate(small, tmp_path, capsys):
+    job = "step --workloads small --optimizers SGD --providers torch-fused fusedopt --rounds 2"
+    run(f"{job} --memory none --skip-parity --fail-below 1e9", tmp_path, code=1)
+    assert "Below 1000000000.0: small, SGD float32 on" in capsys.readouterr().out
+
+
+def test_an_interrupt_keeps_what_was_measured(small, monkeypatch, tmp_path, capsys):
+    steps = iter(range(100))
+
+    def interrupted(race, *arguments):
+        if next(steps) == 1:
+            raise KeyboardInterrupt
+        return run_race(race, *arguments)
+
+    run_race = timing.run_race
+    monkeypatch.setattr("fusedopt.bench.step.run_race", interrupted)
+    job = "step --workloads small --optimizers SGD AdamW --rounds 2 --memory none"
+    found = run(f"{job} --providers fusedopt floor", tmp_path, code=130)
+    assert {row["optimizer"] for row in found} == {"SGD"}
+    assert "Interrupted." in capsys.readouterr().out
+
+
 def test_pipeline_records_every_stage(small, tmp_path, capsys):
-    result, folder = tmp_path / "result.json", tmp_path / "pictures"
-    arguments = ["--workloads", "small", "--optimizers", "AdamW,RMSprop", "--rounds", "3"]
-    assert cli.main(["pipeline", *arguments, "--out", str(folder), "--json", str(result)]) == 0
-    said = capsys.readouterr().out
-    assert "small: a few tensors, 110,008 elements in all; ns a parameter, median of 3" in said
-    assert "fusedopt's AdamW with ema: on small" in said
-    assert "RMSprop: torch has no fused step, its default was timed" in said
-    assert "\N{HORIZONTAL ELLIPSIS}" not in said  # no column was cut off
+    job = f"pipeline --workloads small --optimizers RMSprop --rounds 3 --out {tmp_path}"
+    found = run(job, tmp_path)
     for name in ("pipeline.png", "pipeline_bytes.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
-
-    content = json.loads(result.read_text())
-    assert content["complete"]
-    assert content["train"] == content["step"] == {"rows": []}
-    rows = content["pipeline"]["rows"]
-    assert content["pipeline"]["rounds"] == 3
-    wanted = [(name, chain) for name in ("AdamW", "RMSprop") for chain in pipeline.CHAINS]
-    assert [(row["optimizer"], row["chain"]) for row in rows] == wanted
-    entrants = {"torch", "torch-stages", "fusedopt", "floor"}
-    for row in rows:
-        stages = {"unscale", "clip", "step", "zero"} | ({"average"} & {*row["stage_ms"]})
-        assert ("average" in stages) == (row["chain"] == "ema")
-        assert set(row["stage_ms"]) == set(row["bytes_per_parameter"]["torch"]) == stages
-        assert set(row["chain_ms"]) == entrants
-        assert set(row["ns_per_parameter"]) == entrants | stages
-        assert set(row["ratios"]) == {"torch_over_fusedopt", "fusedopt_over_floor"}
-        assert set(row["seconds"]) == entrants | {f"torch-stages/{stage}" for stage in stages}
-        assert all(len(times) == 3 for times in row["seconds"].values())
-        for stats in (*row["chain_ms"].values(), *row["stage_ms"].values()):
-            assert set(stats) == STATS_KEYS
-            assert 0 < stats["p20"] <= stats["median"] <= stats["p80"]
-        milliseconds = row["chain_ms"]["torch"]["median"]
-        assert row["ns_per_parameter"]["torch"] == pytest.approx(milliseconds * 1e6 / 110_008)
-    assert [row["torch_step"] for row in rows] == ["torch fused"] * 3 + ["torch default"] * 3
-
-
-def test_pipeline_runs_all_chains_of_adamw_where_nothing_is_named():
-    options = cli.make_parser("pipeline").parse_args(["--workloads", "many"])
-    assert (options.optimizers, options.chains) == (["AdamW"], ["clip", "clip-none", "ema"])
-    tasks = pipeline.plan_tasks(pipeline.STANDARD, options.chains, options.optimizers)
-    assert len(tasks) == 9
-    assert [task.workload for task in tasks[::3]] == ["huge", "gpt2", "many"]
-
-
-def test_an_interrupted_pipeline_shows_and_keeps_its_whole_rounds(
-    small, monkeypatch, tmp_path, capsys
-):
-    def interrupted(race, steps, rounds, budget, on_round, before):
-        def stop(index):
-            on_round(index)
-            if index == 1:
-                raise KeyboardInterrupt
-
-        timing.run_race(race, steps, rounds, budget, stop, before)
-
-    monkeypatch.setattr(pipeline, "run_race", interrupted)
-    drawn: list[int] = []
-    monkeypatch.setattr(picture, "save_pipeline", lambda rows, path: drawn.append(len(rows)))
-    result = tmp_path / "result.json"
-    arguments = ["--workloads", "small", "--out", str(tmp_path), "--json", str(result)]
-    assert cli.main(["pipeline", *arguments]) == cli.EXIT_INTERRUPTED
+        assert (tmp_path / name).stat().st_size > 10_000
+    for chain in pipeline.CHAINS:
+        told = [row for row in found if row["chain"] == chain]
+        whole = {row["provider"]: row for row in told if "stage" not in row}
+        assert set(whole) == {"torch", "torch-stages", "fusedopt", "floor"}
+        stages = {row["stage"]: row["bytes"] for row in told if "stage" in row}
+        assert stages == pipeline.CHAINS[chain].torch_bytes(1) == whole["torch"]["stages"]
+        assert whole["fusedopt"]["bytes"] == whole["floor"]["bytes"]
+        assert whole["fusedopt"]["faster"] > 0 < whole["fusedopt"]["floor_share"]
     said = capsys.readouterr().out
-    assert "median of 1 rounds" in said
-    assert "Interrupted" in said
-    content = json.loads(result.read_text())
-    assert not content["complete"]
-    assert [len(row["seconds"]["torch"]) for row in content["pipeline"]["rows"]] == [1] == drawn
+    assert "fusedopt's RMSprop with ema: on small" in said
+    assert "RMSprop: torch has no fused step" in said
+
+
+def test_a_model_of_ones_own_is_a_workload(tmp_path, monkeypatch):
+    code = "import torch\ndef net():\n    return torch.nn.Linear(30, 7, bias=False)\n"
+    (tmp_path / "my_net.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    job = "step --model my_net:net --optimizers SGD --providers fusedopt floor --rounds 2"
+    ours, moved = run(job, tmp_path)
+    assert (ours["workload"], ours["tensors"], ours["elements"]) == ("model", 1, 210)
+    # In a process that has never seen the model.
+    assert "peak_bytes" in ours
+    assert "peak_bytes" not in moved
+    del WORKLOADS["model"]
+
+
+def test_parity_compares_classes_by_import_path(tmp_path, capsys):
+    found = run("parity torch.optim:AdamW fusedopt.Adam", tmp_path)
+    assert [(row["provider"], row["optimizer"]) for row in found] == [
+        ("torch default", "AdamW"), ("torch.optim:AdamW", "AdamW"), ("fusedopt.Adam", "Adam"),
+    ]  # fmt: skip
+    assert cli.main(["parity", "torch.optim:AdamW", "--as", "Adam"]) == 1
+    assert "decay differs" in capsys.readouterr().out
+
+
+def test_list_names_everybody(capsys, monkeypatch):
+    monkeypatch.setattr(providers, "_trial", lambda *_: "not tried")  # some compile for minutes
+    assert cli.main(["list"]) == 0
+    said = capsys.readouterr().out
+    for name in (*providers.PROVIDERS, *WORKLOADS):
+        assert name in said
+
+
+# ---- loading ----
+
+FEW = load.Rows("few", "100 x 8", 100, (8,), torch.float32, 32)
+
+
+@pytest.mark.parametrize("name", [name for name in load.FEEDS if name != "dataloader-2"])
+def test_every_feed_goes_through_all_rows(name, monkeypatch):
+    feed, seen = load.FEEDS[name], []
+    if reason := feed.unavailable():
+        pytest.skip(reason)
+    monkeypatch.setattr(load, "_drain", lambda batches, device: seen.extend(batches))
+    data = [torch.arange(100.0).view(100, 1).repeat(1, 8), torch.arange(100)]
+    feed.build("cpu", data, FEW)()
+    if name in (rows.CANDIDATE, rows.FLOOR):
+        return  # its own loop, which keeps nothing
+    assert [len(batch) for batch, _ in seen] == [32, 32, 32, 4]
+    assert torch.equal(torch.cat([labels for _, labels in seen]).sort().values, torch.arange(100))
+    assert all(torch.equal(batch[:, 0].long(), labels) for batch, labels in seen)
+
+
+def test_feeds_race_those_that_linger_apart(monkeypatch, capsys):
+    monkeypatch.setitem(load.WORKLOADS, "few", FEW)
+    absent = load.Feed("absent", "Absent", lambda *_: pytest.fail("built"), "no_such_package")
+    monkeypatch.setitem(load.FEEDS, "torchdata", absent)
+    wanted = ["index_select", "dataloader-batched", "torchdata", "fusedopt", "floor"]
+    (found,) = load.measure(["few"], wanted, "cpu", 2, 1.0)
+    told = {row["provider"]: row for row in found}
+    assert list(told) == wanted
+    assert told["torchdata"]["missing"] == "no_such_package is not installed"
+    assert told["floor"]["bytes"] == 100 * (8 * 4 + 8)
+    assert told["index_select"]["over_fusedopt"] > 0
+
+
+# ---- arithmetic and memory ----
+
+
+class Wrong(torch.optim.Adam):
+    """Adam with one thing wrong, chosen by the class attribute."""
+
+    wrong = ""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, grad = self.state[p], p.grad
+                m = state.setdefault("m", torch.zeros_like(p))
+                v = state.setdefault("v", torch.zeros_like(p))
+                t = state["t"] = state.get("t", 0) + 1
+                lr, eps, decay = group["lr"], group["eps"], group["weight_decay"]
+                b1, b2 = group["betas"]
+                if self.wrong == "decoupled":
+                    p.mul_(1 - lr * decay)
+                else:
+                    grad = grad + decay * p
+                m.mul_(b1).add_(grad, alpha=1 - b1)
+                v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+                c1, c2 = 1 - b1**t, 1 - b2**t
+                if self.wrong == "uncorrected":
+                    c2 = 1.0
+                root = (v / c2).sqrt() + eps
+                if self.wrong == "eps":
+                    root = (v / c2 + eps**2).sqrt()
+                p.sub_(lr / c1 * m / root)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [("", "same"), ("decoupled", "decay differs"), ("uncorrected", "differs"), ("eps", "differs")],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wrong_arithmetic_shows(wrong, found, dtype):
+    cls = type("Mutant", (Wrong,), {"wrong": wrong})
+    told = parity.check(cls, "Adam", dtype)
+    assert told.verdict == found, told
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", ["torch-default", "fusedopt", "fusedopt-generic"])
+def test_torch_and_fusedopt_do_the_same_arithmetic(name, optimizer):
+    provider = providers.PROVIDERS[name]
+    for dtype in (torch.float32, torch.float64):
+        told = parity.check(partial(provider.optimizer, optimizer), optimizer, dtype)
+        assert told.same
+        assert set(told.ulps) == {"from zeros", "with decay"}
+        assert told.worst < 8
+
+
+def test_a_nan_is_never_the_same():
+    found = torch.tensor([1.0, float("nan")])
+    assert parity.ulps_of_update(torch.zeros(2), found, torch.ones(2)) == float("inf")
+
+
+def test_an_absent_or_broken_library_is_a_reason_and_no_error(tmp_path, monkeypatch):
+    broken = {"AdamW": ("broken_library.AdamW", {})}
+    absent = providers.Provider("absent", "Absent", "no_such_library", broken)
+    assert absent.unavailable("AdamW").startswith("no_such_library is not installed; make bench")
+    (tmp_path / "broken_library.py").write_text("raise OSError('libcuda.so is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    peer = providers.Provider("broken", "Broken", "broken_library", broken)
+    monkeypatch.setitem(providers.PROVIDERS, "broken", peer)
+    assert peer.unavailable("AdamW") == "libcuda.so is missing"
+    assert peer.unavailable("SGD") == "Broken has no SGD"
+    assert not peer.offers("SGD", "cpu")
+
+
+@pytest.mark.parametrize("peer", providers.PEERS, ids=lambda peer: peer.name)
+def test_an_installed_peer_does_its_share_or_says_why(peer):
+    if not peer.installed() or "cpu" not in peer.devices:
+        pytest.skip(f"{peer.library} is not installed here, or runs on a GPU")
+    if peer.library in ("deepspeed", "torchao"):
+        pytest.skip("it compiles for minutes; `fusedopt.bench list` tries it")
+    for optimizer in peer.classes:
+        assert peer.unavailable(optimizer) == ""
+        told = parity.check(partial(peer.optimizer, optimizer), optimizer)
+        assert told.ulps["from zeros"] < parity.SAME[torch.float32]
+
+
+def test_a_peer_is_told_torchs_defaults(tmp_path, monkeypatch):
+    (tmp_path / "eager_library.py").write_text(
+        "class Adam:\n    def __init__(self, params, lr, eps=1, betas=2, flag=True):\n"
+        "        self.told = (lr, eps, betas, flag)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    classes = {"Adam": ("eager_library.Adam", {})}
+    peer = providers.Provider("eager", "Eager", "eager_library", classes)
+    assert peer.optimizer("Adam", [], lr=0.1).told == (0.1, 1e-8, (0.9, 0.999), True)
+
+
+def test_quiet_silences_file_descriptors_and_gives_them_back(capfd):
+    with providers.quiet():
+        os.system("echo chatter of a child; echo chatter >&2")
+    os.system("echo after")
+    assert tuple(capfd.readouterr()) == ("after\n", "")
+
+
+def test_every_tier_is_a_provider_and_leaves_the_one_in_use_alone():
+    before = fusedopt.cpu_tier()
+    for tier in fusedopt.cpu_tiers():
+        providers.PROVIDERS[f"fusedopt-{tier}"].build("SGD", [torch.ones(100)]).step()
+    assert fusedopt.cpu_tier() == before
+
+
+def test_memory_is_what_the_states_take(monkeypatch):
+    work = Workload("weighed", "", ((2**22,),) * 4, standard=False)
+    monkeypatch.setitem(WORKLOADS, "weighed", work)
+    tasks = [cli.step.Task("weighed", "AdamW"), cli.step.Task("weighed", "SGD")]
+    ours, sgd = memory.measure(tasks, ["fusedopt"], lambda label: None).values()
+    states = work.elements * 4
+    assert 2 * states <= ours < 2.2 * states
+    assert states <= sgd < 1.2 * states
