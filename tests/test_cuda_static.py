@@ -206,7 +206,7 @@ def test_halves_are_rounded_by_the_hardware(updates):
 
 
 def test_graphs_find_their_calls_in_the_runtime_library():
-    """csrc/cuda/gpu.cpp asks a loaded library by name for what nothing links."""
+    """csrc/device/graph_runtime.cpp asks a loaded library by name for what nothing links."""
     libraries = [*Path(NVCC).resolve().parent.parent.rglob("libcudart.so*")]
     libraries += [*Path("/usr/local/cuda").resolve().rglob("libcudart.so*")]
     if not libraries:

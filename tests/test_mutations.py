@@ -32,8 +32,8 @@ SOURCES = {
         *("cpu/tier_generic.cpp", "cpu/tier_avx2.cpp", "cpu/tier_avx512.cpp"),
     ],
 }
-SOURCES["onepass_test"] = [*SOURCES["driver_test"], "cuda/table.cpp"]
-SOURCES["cuda_body_test"] = [*SOURCES["onepass_test"], "cuda/image.cpp"]
+SOURCES["onepass_test"] = [*SOURCES["driver_test"], "device/table.cpp"]
+SOURCES["cuda_body_test"] = [*SOURCES["onepass_test"], "device/image.cpp"]
 # As in CMakeLists.txt.
 OWN_FLAGS = {test: ["-DFUSEDOPT_HD=inline"] for test in ("cuda_body_test", "onepass_test")}
 
@@ -283,7 +283,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a prepare kernel bumps no step",
-        "cuda/prepare.h",
+        "device/prepare.h",
         "slot.step.get() + 1.0",
         "slot.step.get()",
         "prepare",
@@ -291,7 +291,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a prepare kernel takes every step for the first",
-        "cuda/prepare.h",
+        "device/prepare.h",
         "*slot.first = 0;",
         "",
         "prepare",
@@ -299,20 +299,20 @@ MUTATIONS = [
     ),
     Mutation(
         "an upload begins at the last row that changed",
-        "cuda/image.cpp",
+        "device/image.cpp",
         "first = std::min(first, r);",
         "first = r;",
         "image",
-        rebuild="cuda/image.cpp",
+        rebuild="device/image.cpp",
         **_BODY,
     ),
     Mutation(
         "a row keeps its old scalar slot",
-        "cuda/table.cpp",
+        "device/table.cpp",
         "if (!moved && row.slot == from.slot && row.norm_block == from.norm_block) return false;",
         "if (!moved) return false;",
         "image",
-        rebuild="cuda/table.cpp",
+        rebuild="device/table.cpp",
         **_BODY,
     ),
     # ---- Around the update

@@ -35,7 +35,7 @@ SHARED = {  # modules of no rule
     ),
     *("onepass", "optimizer", "packing", "routing", "with_onepass"),
 }
-SHARED_KERNELS = {"launcher", "math", "multi_tensor", "norm"}
+SHARED_KERNELS = {"launcher", "layout", "math", "multi_tensor", "norm"}
 # What must not know a rule by name, and would have to change with every rule if it did: all sources
 # in these places but a rule's own, whatever folder is added.
 NAMELESS = ("csrc", "triton_kernels", "fusedopt", "setup.py", "CMakeLists.txt")

@@ -13,7 +13,7 @@ from harness import make_params, set_grads
 import fusedopt
 from fusedopt import _C, backends
 
-# The structs of csrc/cuda/table.h.
+# The structs of csrc/device/table.h.
 ROW = np.dtype("u8, u8, 5u8, i8, i4, i4, i4, i4")
 ROW.names = ("param", "grad", "state", "norm_block", "slot", "layout", "width", "head")
 CHUNK = np.dtype([("begin", "i8"), ("count", "i4"), ("row", "i4")])

@@ -1,4 +1,4 @@
-"""Launches the kernels over tables: what ``csrc/cuda/launcher.h`` asks of a device, in Triton.
+"""Launches the kernels over tables: what ``csrc/device/launcher.h`` asks of a device, in Triton.
 
 All numbers are plain integers: addresses, counts, a stream's handle, a place in the registry, a
 place in `DType`. Calls are for the device that is current, and do not wait.
@@ -148,7 +148,7 @@ def _device() -> int:
 
 
 class Launcher:
-    """The calls of `Launcher` in csrc/cuda/launcher.h that Triton can serve.
+    """The calls of `Launcher` in csrc/device/launcher.h that Triton can serve.
 
     Rules and variants go by their place in the registry, dtypes by theirs in `DType`.
     """

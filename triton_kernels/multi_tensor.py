@@ -50,7 +50,7 @@ from .layout import (
 )
 from .math import device, div, narrow, widen
 
-THREADS = 256  # of a program; as in csrc/cuda/body.h, whose chunks are cut for it
+THREADS = 256  # of a program; as in csrc/device/table.h: chunks are cut for it
 
 
 @dataclass(frozen=True)

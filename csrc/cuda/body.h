@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "core/dtype.h"
-#include "cuda/table.h"
+#include "device/table.h"
 #include "rules/all.h"
 
 #if defined(__CUDA_ARCH__)
@@ -14,8 +14,6 @@
 #endif
 
 namespace fusedopt::cuda {
-
-constexpr int kThreads = 256;
 
 // Elements that one access moves.
 template <class Storage, int kCount>

@@ -7,9 +7,9 @@
 
 #include "core/dispatch.h"
 #include "cuda/body.h"
-#include "cuda/gpu.h"
 #include "cuda/kernels.h"
-#include "cuda/launcher.h"
+#include "device/graph_runtime.h"
+#include "device/launcher.h"
 
 namespace fusedopt::cuda {
 

@@ -1,6 +1,6 @@
 #include "core/dispatch.h"
 #include "cuda/kernels.h"
-#include "cuda/prepare.h"
+#include "device/prepare.h"
 
 namespace fusedopt::cuda {
 

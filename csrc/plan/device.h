@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "core/registry.h"
-#include "cuda/gpu.h"
-#include "cuda/image.h"
-#include "cuda/launcher.h"
+#include "device/graph_runtime.h"
+#include "device/image.h"
+#include "device/launcher.h"
 #include "plan/hyper.h"
 #include "plan/memory.h"
 

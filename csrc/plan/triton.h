@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "cuda/gpu.h"
+#include "device/graph_runtime.h"
 
 namespace fusedopt {
 

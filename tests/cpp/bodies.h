@@ -3,7 +3,7 @@
 
 #include "cuda/body.h"
 #include "cuda/norm.h"
-#include "cuda/prepare.h"
+#include "device/prepare.h"
 
 namespace fusedopt::testing {
 

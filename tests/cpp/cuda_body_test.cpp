@@ -5,7 +5,7 @@
 
 #include "bodies.h"
 #include "check.h"
-#include "cuda/image.h"
+#include "device/image.h"
 #include "job.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// A runtime library without a device, built as libcudart.so, where csrc/cuda/gpu.cpp finds it: a
+// A runtime library without a device, built as libcudart.so, where csrc/device/graph_runtime.cpp finds it: a
 // stream is one queue of copies that are made when the test says so.
 #pragma once
 

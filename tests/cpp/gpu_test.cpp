@@ -1,10 +1,9 @@
 // The ring that uploads pass through, over a runtime library whose copies are made when the test says
 // so: what is being read is never written again, nothing waits, and errors are told.
-#include "cuda/gpu.h"
-
 #include <algorithm>
 
 #include "check.h"
+#include "device/graph_runtime.h"
 #include "fake_runtime.h"
 
 namespace {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "bodies.h"
-#include "cuda/launcher.h"
+#include "device/launcher.h"
 
 namespace {
 

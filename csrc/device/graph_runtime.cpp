@@ -1,4 +1,4 @@
-#include "cuda/gpu.h"
+#include "device/graph_runtime.h"
 
 #include <dlfcn.h>
 #include <link.h>

@@ -10,6 +10,9 @@
 
 namespace fusedopt::cuda {
 
+// Threads of a block, for which chunks are cut.
+constexpr int kThreads = 256;
+
 // What one access moves at most. All widths below are in elements.
 constexpr int kAccessBytes = 16;
 

@@ -1,8 +1,6 @@
-#include "cuda/table.h"
+#include "device/table.h"
 
 #include <algorithm>
-
-#include "cuda/body.h"
 
 namespace fusedopt::cuda {
 

@@ -5,8 +5,8 @@
 
 #include <vector>
 
-#include "cuda/image.h"
-#include "cuda/launcher.h"
+#include "device/image.h"
+#include "device/launcher.h"
 
 namespace fusedopt::cuda {
 

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda/prepare.h"
-#include "cuda/table.h"
+#include "device/prepare.h"
+#include "device/table.h"
 
 namespace fusedopt::cuda {
 

@@ -1,4 +1,4 @@
-#include "cuda/image.h"
+#include "device/image.h"
 
 #include <algorithm>
 #include <cstring>

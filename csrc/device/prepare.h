@@ -4,7 +4,7 @@
 
 #include "core/registry.h"
 #include "core/table.h"
-#include "cuda/table.h"
+#include "device/table.h"
 #include "rules/all.h"
 
 namespace fusedopt::cuda {
