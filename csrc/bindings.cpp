@@ -107,6 +107,11 @@ void bind_memory(py::module_& m) {
       });
 }
 
+// An argument of class StepRequest would take longer to find out that it is None than a small step does.
+const StepRequest& request_or(const py::object& request, const StepRequest& otherwise) {
+  return request.is_none() ? otherwise : request.cast<const StepRequest&>();
+}
+
 void bind_plan(py::module_& m) {
   py::enum_<Purpose>(m, "Purpose")
       .value("UPDATE", Purpose::kUpdate)
@@ -143,15 +148,15 @@ void bind_plan(py::module_& m) {
       .def(
           "why_not",
           [](StepPlan& plan, const py::list& groups, const py::dict& state,
-             const StepRequest* request) {
-            return plan.why_not(groups, state, request != nullptr ? *request : nothing);
+             const py::object& request) {
+            return plan.why_not(groups, state, request_or(request, nothing));
           },
           py::arg("param_groups"), py::arg("state"), py::arg("request") = py::none())
       .def(
           "step",
           [](StepPlan& plan, const py::list& groups, const py::dict& state,
-             const StepRequest* request) {
-            return plan.step(groups, state, request != nullptr ? *request : nothing);
+             const py::object& request) {
+            return plan.step(groups, state, request_or(request, nothing));
           },
           py::arg("param_groups"), py::arg("state"), py::arg("request") = py::none())
       .def_property_readonly("on_device", &StepPlan::on_device)

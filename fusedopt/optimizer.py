@@ -31,6 +31,8 @@ from fusedopt.packing import NewState, Packed, torch_step
 from fusedopt.routing import Member, Route, Sorted, Wanted, describe, routes, sort, why_torch
 from fusedopt.with_onepass import WithOnePass
 
+_UPDATE = _C.Purpose.UPDATE
+
 
 class FusedOptimizer(WithOnePass):
     """Mixin that steps a torch.optim optimizer through fused kernels.
@@ -176,7 +178,7 @@ class FusedOptimizer(WithOnePass):
         if self._in_backward is not None and self._in_backward.took_step():
             return loss
         if self._onepass is None:
-            self._take(_C.Purpose.UPDATE)
+            self._take(_UPDATE)
         else:
             self._check_not_swapped()
             self._step_window(closure)
@@ -242,21 +244,26 @@ class FusedOptimizer(WithOnePass):
         Returns:
             Whether it took place, as far as the host knows.
         """
-        own, packed = self.__dict__, self._packed
+        own, packed, onepass = self.__dict__, self._packed, self._onepass
         scaled = "grad_scale" in own or "found_inf" in own
-        asks = self._onepass is not None or scaled or named is not None
-        if packed is not None and not asks and not packed.torch_params:
-            outcome = packed.plan.step(self.param_groups, self.state)
+        if (
+            purpose is _UPDATE
+            and packed is not None
+            and packed.memory is (None if onepass is None else onepass.core)
+            and not (scaled or packed.torch_params or named is not None)
+        ):  # nothing is asked for but what the plan knows
+            outcome = packed.step(self.param_groups, self.state)
             if outcome is True:
                 return True
-        request = _C.StepRequest(
-            purpose, weight, own.get("grad_scale"), own.get("found_inf"), follows
-        )
+            if outcome is False:
+                packed.undo()
+                return False
 
         def step(packed: Packed) -> bool | str:
-            in_kernels = self._onepass is not None or packed.on_device
+            in_kernels = onepass is not None or packed.on_device
+            scaler = (own.get("grad_scale"), own.get("found_inf")) if in_kernels else (None, None)
+            request = _C.StepRequest(purpose, weight, *scaler, follows)
             unscales = scaled and not in_kernels and packed.rows > 0
-            request.before = None
             if packed.torch_params or unscales:
                 members = packed.torch_params
                 if named is not None:
