@@ -9,36 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import os
-import subprocess
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
+
+from compiled import NOT_INLINED, ROOT, linked, object_of
 
 from fusedopt import backends
 
-ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "tests/cpp/rehearsal.cpp"
-# -DFUSEDOPT_HD: every kernel at once, where speed is nothing: 8 seconds instead of minutes.
-FLAGS = "-std=c++20 -O1 -DFUSEDOPT_HD=inline -ffp-contract=off -fno-math-errno -fno-trapping-math"
-FLAGS += " -fPIC -shared -fvisibility=hidden -Wall -Werror"
+# Every kernel, fast enough for a test.
+FLAGS = ("-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", NOT_INLINED)
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled launcher; kept in build/ under a name that its sources decide."""
-    text = hashlib.sha256(FLAGS.encode())
-    for path in (SOURCE, SOURCE.with_name("bodies.h"), *sorted((ROOT / "csrc").rglob("*.h"))):
-        text.update(path.read_bytes())
-    built = ROOT / f"build/rehearsal/{text.hexdigest()[:16]}.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        part = built.with_suffix(f".{os.getpid()}")
-        command = ["g++", *FLAGS.split(), "-I", str(ROOT / "csrc"), str(SOURCE), "-o", str(part)]
-        subprocess.run(command, check=True)
-        part.rename(built)
-    loaded = ctypes.CDLL(str(built))
+    """The compiled launcher."""
+    sources = [ROOT / f"tests/cpp/{name}.cpp" for name in ("rehearsal", "bodies")]
+    objects = [object_of(source, *FLAGS) for source in sources]
+    loaded = ctypes.CDLL(str(linked(".so", *objects, flags=("-shared",))))
     loaded.rehearsal_launcher.restype = loaded.rehearsal_begin.restype = ctypes.c_void_p
     loaded.rehearsal_count.restype = ctypes.c_int64
     loaded.rehearsal_replay.argtypes = loaded.rehearsal_destroy.argtypes = [ctypes.c_void_p]

@@ -2,12 +2,13 @@
 
 A test suite that passes says little unless it fails when the code is wrong. Each mutation is some
 text of one source, which must be there exactly once, and what takes its place; the affected
-torch-free test is compiled from a copy and must fail, naming a case that shows the defect.
+torch-free test is compiled with it and must fail, naming a case that shows the defect. Rules are
+mutated all at once, in copies of their headers that one program holds; of anything else the one
+object that the mutation is in is compiled anew, for a short registry.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,26 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from compiled import COMMAND, CXX, NOT_INLINED, ROOT, linked, object_of, run
 
-ROOT = Path(__file__).resolve().parents[1]
-CXX = os.environ.get("CXX", "g++")
-# The arithmetic flags of the build; the least optimization, which compiles and runs fastest in sum.
-FLAGS = ["-O1", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-
-# The sources that each test is linked with, besides its own.
+# The sources of each test, below the checkout's root. Those in tests/cpp compile every kernel they
+# use without inlining it; an instruction tier has to be compiled as it is shipped.
 SOURCES = {
-    "rule_test": [],
-    "dtype_test": [],
-    "gather_test": ["data/gather.cpp"],
-    "driver_test": [
-        *("core/registry.cpp", "core/table.cpp", "cpu/driver.cpp", "cpu/tiers.cpp"),
-        *("cpu/tier_generic.cpp", "cpu/tier_avx2.cpp", "cpu/tier_avx512.cpp"),
-    ],
+    "rule_test": ["tests/cpp/rule_test.cpp"],
+    "dtype_test": ["tests/cpp/dtype_test.cpp"],
+    "gather_test": ["tests/cpp/gather_test.cpp", "csrc/data/gather.cpp"],
 }
-SOURCES["onepass_test"] = [*SOURCES["driver_test"], "device/table.cpp"]
-SOURCES["cuda_body_test"] = [*SOURCES["onepass_test"], "device/image.cpp"]
-# As in CMakeLists.txt.
-OWN_FLAGS = {test: ["-DFUSEDOPT_HD=inline"] for test in ("cuda_body_test", "onepass_test")}
+_CPU = [
+    *("tests/cpp/job.cpp", "csrc/core/registry.cpp", "csrc/core/table.cpp", "csrc/cpu/driver.cpp"),
+    *(f"csrc/cpu/{name}.cpp" for name in ("tiers", "tier_generic", "tier_avx2", "tier_avx512")),
+]
+_DEVICE = ["tests/cpp/bodies.cpp", "csrc/device/table.cpp", "csrc/device/image.cpp"]
+SOURCES["driver_test"] = ["tests/cpp/driver_test.cpp", *_CPU]
+SOURCES["onepass_test"] = ["tests/cpp/onepass_test.cpp", *_CPU, *_DEVICE]
+SOURCES["cuda_body_test"] = ["tests/cpp/cuda_body_test.cpp", *_CPU, *_DEVICE]
+DRIVERS = ("driver_test", "onepass_test", "cuda_body_test")
+SMALL = ("-include", f"{ROOT}/tests/cpp/small_registry.h")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Mutation:
         new: What takes its place.
         shows: Pattern of the failure's message: the case that must notice.
         test: The C++ test that must fail.
-        rebuild: The one source compiled from the copy, where the others need not be.
+        rebuild: The one source of the test that is compiled with it; empty: the test's own file.
     """
 
     name: str
@@ -64,12 +64,13 @@ class Mutation:
 _DECAY = "if (s.weight_decay != 0) grad = grad + s.weight_decay * param;"
 _BF16_ROUNDING = "+ 0x7fffu + ((bits >> 16) & 1u)"
 # The generic tier alone is broken and rebuilt: the test compares each tier with the scalar path.
-_GENERIC = {"test": "driver_test", "rebuild": "cpu/tier_generic.cpp"}
-_DRIVER = {"test": "driver_test", "rebuild": "cpu/driver.cpp"}
-_TABLE = {"test": "driver_test", "rebuild": "core/table.cpp"}
-_GATHER = {"test": "gather_test", "rebuild": "data/gather.cpp"}
-_BODY = {"test": "cuda_body_test"}
-_ONEPASS = {"test": "onepass_test"}
+_GENERIC = {"test": "driver_test", "rebuild": "csrc/cpu/tier_generic.cpp"}
+_DRIVER = {"test": "driver_test", "rebuild": "csrc/cpu/driver.cpp"}
+_TABLE = {"test": "driver_test", "rebuild": "csrc/core/table.cpp"}
+_GATHER = {"test": "gather_test", "rebuild": "csrc/data/gather.cpp"}
+_BODY = {"test": "cuda_body_test", "rebuild": "tests/cpp/bodies.cpp"}
+_ONEPASS = {"test": "onepass_test", "rebuild": "tests/cpp/bodies.cpp"}
+_DECISION = {"test": "onepass_test"}
 
 MUTATIONS = [
     Mutation("sgd drops decay", "rules/sgd.h", _DECAY, "", r"sgd/default/\S*decay=0.1"),
@@ -238,7 +239,7 @@ MUTATIONS = [
         "cpu/driver.cpp",
         "table->chunks[c - before]",
         "table->chunks[(c - before) / 2]",
-        "chunks of 1000: adamw variant 0 bfloat16/bfloat16/bfloat16 on generic",
+        "chunks of 1000: adamw variant 0 bfloat16/bfloat16/float32 on generic",
         **_DRIVER,
     ),
     Mutation(
@@ -303,8 +304,8 @@ MUTATIONS = [
         "first = std::min(first, r);",
         "first = r;",
         "image",
-        rebuild="device/image.cpp",
-        **_BODY,
+        rebuild="csrc/device/image.cpp",
+        test="cuda_body_test",
     ),
     Mutation(
         "a row keeps its old scalar slot",
@@ -312,8 +313,8 @@ MUTATIONS = [
         "if (!moved && row.slot == from.slot && row.norm_block == from.norm_block) return false;",
         "if (!moved) return false;",
         "image",
-        rebuild="device/table.cpp",
-        **_BODY,
+        rebuild="csrc/device/table.cpp",
+        test="cuda_body_test",
     ),
     # ---- Around the update
     Mutation(
@@ -322,7 +323,7 @@ MUTATIONS = [
         "(q.check == 0 || is_finite(sums.with))",
         "true",
         "a sum that is not finite skips",
-        **_ONEPASS,
+        **_DECISION,
     ),
     Mutation(
         "a micro-batch that is left out counts",
@@ -330,7 +331,7 @@ MUTATIONS = [
         "if (take) v.weight = v.weight + weight;",
         "v.weight = v.weight + weight;",
         "one that is not finite does not count",
-        **_ONEPASS,
+        **_DECISION,
     ),
     Mutation(
         "a window keeps its weight",
@@ -338,7 +339,7 @@ MUTATIONS = [
         "v.weight = 0.0;",
         "",
         "the window is empty",
-        **_ONEPASS,
+        **_DECISION,
     ),
     Mutation(
         "a window of nothing is an update",
@@ -346,7 +347,7 @@ MUTATIONS = [
         "v.skip = total > 0.0 && (q.check == 0 || is_finite(squares)) ? 0 : 1;",
         "v.skip = 0;",
         "nothing is left",
-        **_ONEPASS,
+        **_DECISION,
     ),
     Mutation(
         "the norm of a window ignores what was left out",
@@ -354,7 +355,7 @@ MUTATIONS = [
         "const double squares = take ? sums.with : sums.without;",
         "const double squares = sums.with;",
         "the last one is left out",
-        **_ONEPASS,
+        **_DECISION,
     ),
     Mutation(
         "clipping forgets the scale",
@@ -362,7 +363,7 @@ MUTATIONS = [
         "factor = factor * coefficient;",
         "factor = coefficient;",
         "unscaled, clipped",
-        **_ONEPASS,
+        **_DECISION,
     ),
     Mutation(
         "a norm keeps the sums of rows that take no part",
@@ -370,8 +371,8 @@ MUTATIONS = [
         "std::fill_n(task.sums, norm_blocks(piece.count), NormSums{});",
         "",
         "norm: .* on generic: block",
-        rebuild="cpu/driver.cpp",
-        **_ONEPASS,
+        rebuild="csrc/cpu/driver.cpp",
+        test="onepass_test",
     ),
     Mutation(
         "a norm skips a block's tail",
@@ -379,8 +380,8 @@ MUTATIONS = [
         "__builtin_memcpy(buffer, array, count * size);",
         "__builtin_memcpy(buffer, array, (count - 1) * size);",
         "norm: .* on generic: block",
-        rebuild="cpu/tier_generic.cpp",
-        **_ONEPASS,
+        rebuild="csrc/cpu/tier_generic.cpp",
+        test="onepass_test",
     ),
     Mutation(
         "a norm forgets what gradients weigh",
@@ -388,8 +389,8 @@ MUTATIONS = [
         "load(accumulator + i) + load(grad + i) * in",
         "load(accumulator + i) + load(grad + i)",
         "norm: .* on generic: block",
-        rebuild="cpu/tier_generic.cpp",
-        **_ONEPASS,
+        rebuild="csrc/cpu/tier_generic.cpp",
+        test="onepass_test",
     ),
     Mutation(
         "gradients that are left out are accumulated",
@@ -397,8 +398,8 @@ MUTATIONS = [
         "const bool take = task.pass.verdict->take != 0;",
         "const bool take = true;",
         "accumulation: .* on generic",
-        rebuild="cpu/tier_generic.cpp",
-        **_ONEPASS,
+        rebuild="csrc/cpu/tier_generic.cpp",
+        test="onepass_test",
     ),
     Mutation(
         "an accumulator is not cleared",
@@ -498,86 +499,121 @@ def mutate(text: str, mutation: Mutation) -> str:
     return re.sub(pattern, lambda _: mutation.new, text)
 
 
-def compile_cpp(arguments: list[str | Path], tree: Path) -> None:
-    """Runs the compiler on sources that see `tree`'s headers."""
-    command = [CXX, *FLAGS, "-I", tree / "csrc", "-I", tree / "tests/cpp", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{command}: {result.stderr}"
+RULE_MUTATIONS = [mutation for mutation in MUTATIONS if mutation.test == "rule_test"]
 
 
-def run(binary: Path, golden: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([binary, golden], capture_output=True, text=True, check=False)
-
-
-class Workshop:
-    """The unmutated tests: sources copied and objects compiled once, for all mutations."""
-
-    def __init__(self, folder: Path) -> None:
-        self.tree = folder / "tree"
-        self.objects = folder / "objects"
-        self.objects.mkdir()
-        copy_tree(self.tree)
-        self.golden = folder / "golden.txt"
-        subprocess.run(
-            [sys.executable, ROOT / "tests/oracle.py", "--write", self.golden], check=True
-        )
-
-    def object(self, source: Path) -> Path:
-        """The object of an unmutated source."""
-        path = self.objects / f"{source.parent.name}_{source.stem}.o"
-        if not path.exists():
-            flags = OWN_FLAGS.get(source.stem, [])
-            compile_cpp([*flags, "-c", source, "-o", path], self.tree)
-        return path
-
-    def build(self, test: str, binary: Path, tree: Path | None = None, rebuild: str = "") -> None:
-        """Links a test; `rebuild`, or the test's own source, is compiled from `tree`."""
-        own = Path("tests/cpp") / f"{test}.cpp"
-        sources = [own, *(Path("csrc") / source for source in SOURCES[test])]
-        fresh = Path("csrc") / rebuild if rebuild else own
-        inputs = [
-            tree / source if tree and source == fresh else self.object(self.tree / source)
-            for source in sources
-        ]
-        flags = [] if rebuild else OWN_FLAGS.get(test, [])
-        compile_cpp([*flags, *inputs, "-pthread", "-o", binary], tree or self.tree)
-
-
-def copy_tree(target: Path) -> None:
-    shutil.copytree(ROOT / "csrc", target / "csrc")
-    shutil.copytree(ROOT / "tests/cpp", target / "tests/cpp")
-
-
-def marks(test: str) -> list:
-    """Those of the drivers are slow: each compiles a tier, or the bodies of all kernels."""
-    quick = ("rule_test", "dtype_test", "gather_test")
-    return [] if test in quick else [pytest.mark.slow]
+def of_rules(mutation: Mutation | None) -> str:
+    """The rules as a constant `kRules`, with the mutation, in a namespace of their own."""
+    number = RULE_MUTATIONS.index(mutation) if mutation else len(RULE_MUTATIONS)
+    text = ""
+    if mutation:
+        headers = [ROOT / "csrc" / mutation.file]
+        text = mutate(headers[0].read_text(), mutation)
+        # Whoever includes it means the mutated struct.
+        for header in sorted((ROOT / "csrc/rules").glob("*.h")):
+            if header.name != "all.h" and f'#include "{mutation.file}"' in header.read_text():
+                text += header.read_text()
+        text = re.sub(r"^#(include|pragma).*$", "", text, flags=re.M)
+        text = text.replace("namespace fusedopt {", f"namespace fusedopt::mutation_{number} {{")
+    return f"""{text}
+namespace fusedopt::mutation_{number} {{
+const testing::Rules kRules = {{FUSEDOPT_FOR_EACH_RULE(FUSEDOPT_RUN_RULE)}};
+}}
+"""
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def rules_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """rule_test with one more argument: which mutation; after the last of them, none."""
+    copies = [*RULE_MUTATIONS, None]
+    source = tmp_path_factory.mktemp("rules") / "rules_test.cpp"
+    rules = ", ".join(f"&fusedopt::mutation_{number}::kRules" for number in range(len(copies)))
+    source.write_text(
+        f"""#include "rule_cases.h"
+{"".join(map(of_rules, copies))}
+int main(int, char** argv) {{
+  const fusedopt::testing::Rules* rules[] = {{{rules}}};
+  return fusedopt::testing::run_cases(*rules[std::atoi(argv[2])], argv[1]);
+}}
+"""
+    )
+    return linked("", object_of(source))
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("golden") / "golden.txt"
+    run(sys.executable, ROOT / "tests/oracle.py", "--write", path)
+    return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiler() -> None:
     if shutil.which(CXX) is None:
         pytest.skip(f"no C++ compiler {CXX!r}; set CXX")
-    return Workshop(tmp_path_factory.mktemp("mutations"))
 
 
-@pytest.mark.parametrize("test", [pytest.param(test, marks=marks(test)) for test in SOURCES])
-def test_unmutated_passes(workshop: Workshop, tmp_path: Path, test: str) -> None:
-    workshop.build(test, tmp_path / test)
-    result = run(tmp_path / test, workshop.golden)
-    assert result.returncode == 0, result.stderr
-    assert re.search(rf"{test}: [1-9]\d* checks, 0 failures", result.stderr)
+def flags_of(test: str, source: str) -> list[str]:
+    """The flags of one of a test's sources."""
+    small = SMALL if test in DRIVERS else ()
+    return [*small, NOT_INLINED] if small and source.startswith("tests/") else [*small]
+
+
+def objects_of(test: str, without: str) -> list[Path]:
+    """The unmutated objects of a test but one."""
+    return [object_of(ROOT / s, *flags_of(test, s)) for s in SOURCES[test] if s != without]
+
+
+def reported(*command: str | Path) -> tuple[int, str]:
+    """A test's exit status and what it reports."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+def check_passes(test: str, status: int, report: str) -> None:
+    assert status == 0, report
+    assert re.search(rf"{test}: [1-9]\d* checks, 0 failures", report)
+
+
+def check_fails(mutation: Mutation, status: int, report: str) -> None:
+    assert status == 1, f"{mutation.name} went unnoticed: {report}"
+    assert re.search(mutation.shows, report), report
+
+
+def test_unmutated_rules_pass(rules_test: Path, golden: Path) -> None:
+    check_passes("rule_test", *reported(rules_test, golden, str(len(RULE_MUTATIONS))))
+
+
+@pytest.mark.parametrize("mutation", RULE_MUTATIONS, ids=lambda mutation: mutation.name)
+def test_mutation_of_a_rule_fails(rules_test: Path, golden: Path, mutation: Mutation) -> None:
+    number = RULE_MUTATIONS.index(mutation)
+    check_fails(mutation, *reported(rules_test, golden, str(number)))
+
+
+def marks(test: str) -> list:
+    """Each of the drivers takes seconds."""
+    return [pytest.mark.slow] if test in DRIVERS else []
 
 
 @pytest.mark.parametrize(
-    "mutation", [pytest.param(m, id=m.name, marks=marks(m.test)) for m in MUTATIONS]
+    "test", [pytest.param(t, marks=marks(t)) for t in SOURCES if t != "rule_test"]
 )
-def test_mutation_fails(workshop: Workshop, tmp_path: Path, mutation: Mutation) -> None:
-    copy_tree(tmp_path)
-    source = tmp_path / "csrc" / mutation.file
-    source.write_text(mutate(source.read_text(), mutation))
-    binary = tmp_path / mutation.test
-    workshop.build(mutation.test, binary, tmp_path, mutation.rebuild)
-    result = run(binary, workshop.golden)
-    assert result.returncode == 1, f"{mutation.name} went unnoticed: {result.stderr}"
-    assert re.search(mutation.shows, result.stderr), result.stderr
+def test_unmutated_passes(test: str) -> None:
+    check_passes(test, *reported(linked("", *objects_of(test, without=""))))
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [pytest.param(m, id=m.name, marks=marks(m.test)) for m in MUTATIONS if m.test != "rule_test"],
+)
+def test_mutation_fails(tmp_path: Path, mutation: Mutation) -> None:
+    changed = tmp_path / mutation.file
+    changed.parent.mkdir()
+    changed.write_text(mutate((ROOT / "csrc" / mutation.file).read_text(), mutation))
+    rebuild = mutation.rebuild or SOURCES[mutation.test][0]
+    source = changed if rebuild == f"csrc/{mutation.file}" else ROOT / rebuild
+    binary = tmp_path / "binary"
+    # The mutated file is found first.
+    command = [COMMAND[0], f"-I{tmp_path}", *COMMAND[1:], *flags_of(mutation.test, rebuild)]
+    run(*command, source, "-pthread", *objects_of(mutation.test, rebuild), "-o", binary)
+    check_fails(mutation, *reported(binary))

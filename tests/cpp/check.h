@@ -10,8 +10,10 @@ inline long failures = 0;
 
 constexpr long kMostPrinted = 200;
 
-inline void fail(const char* file, int line, const char* what, const std::string& message) {
-  if (++failures > kMostPrinted) return;
+// Counts a failure; whether its message is to be printed.
+inline bool fail() { return ++failures <= kMostPrinted; }
+
+inline void print(const char* file, int line, const char* what, const std::string& message) {
   std::fprintf(stderr, "%s:%d: CHECK(%s) failed: %s\n", file, line, what, message.c_str());
 }
 
@@ -23,8 +25,10 @@ inline int finish(const char* name, long checked) {
 
 }  // namespace check
 
-// The message is built only for a failure: exhaustive tests check millions of values.
-#define CHECK(condition, message)                                           \
-  do {                                                                      \
-    if (!(condition)) check::fail(__FILE__, __LINE__, #condition, message); \
+// The message is built only where it is printed: exhaustive tests check millions of values.
+#define CHECK(condition, message)                            \
+  do {                                                       \
+    if (!(condition) && check::fail()) {                     \
+      check::print(__FILE__, __LINE__, #condition, message); \
+    }                                                        \
   } while (false)

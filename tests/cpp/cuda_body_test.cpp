@@ -5,6 +5,7 @@
 
 #include "bodies.h"
 #include "check.h"
+#include "cuda/body.h"
 #include "device/image.h"
 #include "job.h"
 
@@ -96,7 +97,8 @@ void test_skips() {
   for (const bool zero : {true, false}) {
     Verdict verdict = some_verdict(true);
     verdict.skip = 1;
-    Job job(find_rule("adamw"), all_variants(find_rule("adamw")).front(), kStorageTuples[3]);
+    Job job(find_rule("adamw"), all_variants(find_rule("adamw")).front(),
+            {DType::kBF16, DType::kBF16, DType::kF32});
     job.surround({&verdict, zero ? 1 : 0});
     for (const int64_t n : {1, 40, 65}) job.add_row(n, n, true, -1);
     job.table.layouts.push_back(make_layout({3, 5, 7}, kMaxArrays));
@@ -139,8 +141,8 @@ void test_grad_scale() {
 
 // Slots prepared where kernels run are those the host writes, bit for bit; a skipped step counts for
 // nothing, and the one after it is the first.
-template <class Rule, class T>
 void test_prepare(const RuleInfo& rule, DType dtype) {
+  const RunSlot prepare_slot = prepare_of(rule.index, dtype == DType::kF64);
   for (const HyperValues& hyper : all_variants(rule)) {
     float live_lr = 0.25f;
     float found_inf = 1.0f;
@@ -166,7 +168,7 @@ void test_prepare(const RuleInfo& rule, DType dtype) {
     const cuda::PrepareTable table{prepare, hypers, slots.data(), 3};
     const cuda::Scaler scaler{nullptr, &found_inf};
     const auto run = [&] {
-      for (int64_t i = 0; i < 3; ++i) cuda::prepare_slot<Rule, T>(table, scaler, nullptr, i);
+      for (int64_t i = 0; i < 3; ++i) prepare_slot(table, scaler, nullptr, i);
     };
     run();
     const std::string what = std::string("prepare: ") + rule.name;
@@ -190,13 +192,10 @@ void test_prepare(const RuleInfo& rule, DType dtype) {
 }
 
 void test_prepare() {
-#define TEST_PREPARE(name, Rule)                           \
-  test_prepare<Rule, float>(find_rule(name), DType::kF32); \
-  test_prepare<Rule, double>(find_rule(name), DType::kF64);
-  FUSEDOPT_FOR_EACH_RULE(TEST_PREPARE)
-#undef TEST_PREPARE
   for (const RuleInfo& rule : all_rules()) {
     CHECK(rule.hyper_names[0].key == std::string("lr"), "the live value tested is not lr");
+    test_prepare(rule, DType::kF32);
+    test_prepare(rule, DType::kF64);
   }
 }
 

@@ -41,7 +41,9 @@ constexpr char kUntouched = 0x5a;
 // Source and batch are of exactly the size they need, so that AddressSanitizer sees a step outside.
 void test(const Case& c, bool indexed, int workers, std::mt19937_64& random) {
   std::vector<char> source(static_cast<size_t>(c.rows > 0 ? (c.rows - 1) * c.stride + c.bytes : 0));
-  for (char& byte : source) byte = static_cast<char>(random());
+  std::vector<uint64_t> words(source.size() / sizeof(uint64_t) + 1);
+  for (uint64_t& word : words) word = random();
+  if (!source.empty()) std::memcpy(source.data(), words.data(), source.size());
   std::vector<char> batch(static_cast<size_t>(c.offset + c.count * c.bytes), kUntouched);
   std::vector<int64_t> index(static_cast<size_t>(c.count));
   const int64_t first = indexed ? 0 : c.rows - c.count;
