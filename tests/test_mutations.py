@@ -412,9 +412,12 @@ MUTATIONS = [
     Mutation(
         "the average is of the parameter before",
         "cpu/kernels.h",
-        "around.decay * average + around.rest * load(at.param + i)",
-        "around.decay * average + around.rest * p",
-        "surroundings: .* bfloat16/.* on generic",
+        "store(at.param + i, p);"
+        " for (int k = 0; k < kStates; ++k) store(at.state[k] + i, s[k]);"
+        " if (!around.plain) finish(at, i, around);",
+        "if (!around.plain) finish(at, i, around); store(at.param + i, p);"
+        " for (int k = 0; k < kStates; ++k) store(at.state[k] + i, s[k]);",
+        "surroundings: .* on generic",
         **_GENERIC,
     ),
     Mutation(
