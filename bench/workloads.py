@@ -25,6 +25,7 @@ groups      465 groups of one of 4,096    the cost per param group
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import math
 import sys
@@ -99,12 +100,12 @@ def of_model(path: str) -> Workload:
     The model is built on the meta device where it can be, so that its weights take no memory.
 
     Raises:
-        ValueError: there is no such factory, or what it makes has no parameters; says why.
+        ArgumentTypeError: there is no such factory, or what it makes has no parameters; says why.
     """
     module, _, name = path.partition(":")
     wanted = "wanted: module:factory, a callable without arguments that makes a torch.nn.Module"
     if not module or not name:
-        raise ValueError(f"got {path!r}; {wanted}")
+        raise argparse.ArgumentTypeError(f"got {path!r}; {wanted}")
     if str(Path.cwd()) not in sys.path:  # as python -m has it, and the console script has not
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -113,9 +114,13 @@ def of_model(path: str) -> Workload:
             model = factory()
         parameters = [p for p in model.parameters() if p.requires_grad]
     except Exception as error:  # somebody else's code: it may raise anything
-        raise ValueError(f"{path!r}: {type(error).__name__}: {error}; {wanted}") from error
+        raise argparse.ArgumentTypeError(
+            f"{path!r}: {type(error).__name__}: {error}; {wanted}"
+        ) from error
     if not parameters:
-        raise ValueError(f"{path!r} has no parameters that require gradients; {wanted}")
+        raise argparse.ArgumentTypeError(
+            f"{path!r} has no parameters that require gradients; {wanted}"
+        )
     summary = f"the {len(parameters)} parameters of {path}"
     return Workload("model", summary, tuple(tuple(p.shape) for p in parameters), standard=False)
 
