@@ -1,7 +1,7 @@
 """Types of the compiled extension; csrc/bindings.cpp defines it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ class CapturedTables:
 UNSEEN_GRADIENT: str
 
 class Purpose:
+    __members__: ClassVar[dict[str, Purpose]]
     UPDATE: Purpose
     ACCUMULATE: Purpose
     CLOSE: Purpose

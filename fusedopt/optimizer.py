@@ -32,6 +32,8 @@ from fusedopt.routing import Member, Route, Sorted, Wanted, describe, routes, so
 from fusedopt.with_onepass import WithOnePass
 
 _UPDATE = _C.Purpose.UPDATE
+# Of gradients that count fully in their window, for each purpose.
+_REQUESTS = {p: _C.StepRequest(p) for p in _C.Purpose.__members__.values()}
 
 
 class FusedOptimizer(WithOnePass):
@@ -247,16 +249,19 @@ class FusedOptimizer(WithOnePass):
         own, packed, onepass = self.__dict__, self._packed, self._onepass
         scaled = "grad_scale" in own or "found_inf" in own
         if (
-            purpose is _UPDATE
-            and packed is not None
+            packed is not None
+            and type(weight) is float
+            and weight == 1.0
             and packed.memory is (None if onepass is None else onepass.core)
-            and not (scaled or packed.torch_params or named is not None)
+            and not (scaled or packed.torch_params or follows or named is not None)
         ):  # nothing is asked for but what the plan knows
-            outcome = packed.step(self.param_groups, self.state)
+            request = None if purpose is _UPDATE else _REQUESTS[purpose]
+            outcome = packed.step(self.param_groups, self.state, request)
             if outcome is True:
                 return True
             if outcome is False:
-                packed.undo()
+                if purpose is _UPDATE:
+                    packed.undo()
                 return False
 
         def step(packed: Packed) -> bool | str:
