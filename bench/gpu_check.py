@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = "gpu_check.jsonl"
 Part = dict[str, Any]
 # Tests that have a GPU's half.
-SUITES = ("device", "cuda", "onepass", "accumulation", "in_backward", "in_backward_hooks",
+SUITES = ("device", "cuda", "extras", "accumulation", "in_backward", "in_backward_hooks",
           "in_backward_windows", "pin_batch", "prefetcher", "tensor_loader")  # fmt: skip
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 MOST_PROCESSES = 12  # of tests: each has a CUDA context of half a gigabyte on the device

@@ -99,10 +99,10 @@ void bind_memory(py::module_& m) {
       .def("forget", &StepMemory::forget)
       .def("end_window", &StepMemory::end_window)
       .def_property("window_weight", &StepMemory::window_weight, &StepMemory::set_window_weight)
-      // A verdict's memory, by device; csrc/core/onepass.h says what is in it.
-      .def_property_readonly("verdicts", [](const StepMemory& self) {
+      // A decision's memory, by device; csrc/core/epilogue.h says what is in it.
+      .def_property_readonly("decisions", [](const StepMemory& self) {
         py::list tensors;
-        for (const auto& [device, tensor] : self.verdicts()) tensors.append(wrap(tensor));
+        for (const auto& [device, tensor] : self.decisions()) tensors.append(wrap(tensor));
         return tensors;
       });
 }

@@ -68,18 +68,18 @@ class GradScaler(torch.amp.GradScaler):
         if optimizer._in_backward is not None:
             optimizer._in_backward.refuse_scaler()
         self._check_scale_growth_tracker("step")
-        onepass = optimizer._need_onepass()
-        onepass.adopt(onepass.options, check=True)
+        extras = optimizer._need_extras()
+        extras.adopt(extras.options, check=True)
         optimizer.grad_scale = self._get_scale_async()  # type: ignore[attr-defined]
         optimizer.found_inf = None  # type: ignore[attr-defined]
         try:
             call()
         finally:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        if onepass.flushed:
+        if extras.flushed:
             return  # of accumulators alone, whose micro-batches have been asked about
         found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        for found_inf in onepass.left_out():
+        for found_inf in extras.left_out():
             before = found.get(found_inf.device)
             both = found_inf if before is None else torch.maximum(before, found_inf)
             found[found_inf.device] = both

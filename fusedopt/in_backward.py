@@ -16,9 +16,9 @@ from torch._C._dynamo import eval_frame as _eval_frame
 from fusedopt._extension import _C
 from fusedopt.backward_parts import Streams
 from fusedopt.framework_checks import check_no_framework_accumulates
-from fusedopt.onepass import initializes
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.routing import describe
+from fusedopt.step_extras import initializes
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -376,7 +376,7 @@ class InBackward:
 
     def _check(self, optimizer: FusedOptimizer) -> None:
         """Raises unless the optimizer's options can be had in parts."""
-        options, onepass = optimizer._options, optimizer._onepass
+        options, extras = optimizer._options, optimizer._extras
         for name in ("max_grad_norm", "skip_nonfinite"):
             value = getattr(options, name)
             if value is not None and value is not False:
@@ -390,17 +390,17 @@ class InBackward:
                 "zero_grads=True keeps gradients in memory as zeros, and step_in_backward() frees "
                 "them; leave out one of the two"
             )
-        if onepass is not None and onepass.core.options.measures:
+        if extras is not None and extras.core.options.measures:
             raise RuntimeError(
                 "a GradScaler has stepped this optimizer, which looks at all gradients since; "
                 "construct a new one for step_in_backward(), and load this one's state_dict()"
             )
-        if onepass is not None and onepass.micro_batches and options.accumulation_steps == 1:
+        if extras is not None and extras.micro_batches and options.accumulation_steps == 1:
             raise RuntimeError(
-                f"accumulate() has begun a window of {onepass.micro_batches} micro-batches; call "
+                f"accumulate() has begun a window of {extras.micro_batches} micro-batches; call "
                 "step() before step_in_backward()"
             )
-        if onepass is not None and (onepass.group is not None or onepass.to_add_up):
+        if extras is not None and (extras.group is not None or extras.to_add_up):
             raise RuntimeError(
                 "the window of micro-batches is one of accumulating(), whose sums are still to be "
                 "added up over the ranks; finish it there before step_in_backward()"

@@ -18,25 +18,25 @@ from fusedopt._extension import _C
 from fusedopt.amp import unscale_
 from fusedopt.backends import BACKENDS, Backend, backend_for, check_backend
 from fusedopt.loading import by_param, check_states, check_steps
-from fusedopt.onepass import (
+from fusedopt.options_mixin import StepOptionsMixin
+from fusedopt.packing import NewState, Packed, torch_step
+from fusedopt.routing import Member, Route, Sorted, Wanted, describe, routes, sort, why_torch
+from fusedopt.step_extras import (
     ACCUMULATOR,
     AVERAGE,
     ENTRIES,
     WINDOW,
-    OnePass,
     Options,
+    StepExtras,
     arithmetic_dtype,
 )
-from fusedopt.packing import NewState, Packed, torch_step
-from fusedopt.routing import Member, Route, Sorted, Wanted, describe, routes, sort, why_torch
-from fusedopt.with_onepass import WithOnePass
 
 _UPDATE = _C.Purpose.UPDATE
 # Of gradients that count fully in their window, for each purpose.
 _REQUESTS = {p: _C.StepRequest(p) for p in _C.Purpose.__members__.values()}
 
 
-class FusedOptimizer(WithOnePass):
+class FusedOptimizer(StepOptionsMixin):
     """Mixin that steps a torch.optim optimizer through fused kernels.
 
     A subclass names its rule and inherits from this class first and from its torch class second:
@@ -160,9 +160,9 @@ class FusedOptimizer(WithOnePass):
         self._swapped = False
         self._in_backward = None
         # None as long as a step is an update and nothing else.
-        self._onepass = None
+        self._extras = None
         if self._options.needed:
-            self._need_onepass()
+            self._need_extras()
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
@@ -179,7 +179,7 @@ class FusedOptimizer(WithOnePass):
                 loss = closure()
         if self._in_backward is not None and self._in_backward.took_step():
             return loss
-        if self._onepass is None:
+        if self._extras is None:
             self._take(_UPDATE)
         else:
             self._check_not_swapped()
@@ -246,13 +246,13 @@ class FusedOptimizer(WithOnePass):
         Returns:
             Whether it took place, as far as the host knows.
         """
-        own, packed, onepass = self.__dict__, self._packed, self._onepass
+        own, packed, extras = self.__dict__, self._packed, self._extras
         scaled = "grad_scale" in own or "found_inf" in own
         if (
             packed is not None
             and type(weight) is float
             and weight == 1.0
-            and packed.memory is (None if onepass is None else onepass.core)
+            and packed.memory is (None if extras is None else extras.core)
             and not (scaled or packed.torch_params or follows or named is not None)
         ):  # nothing is asked for but what the plan knows
             request = None if purpose is _UPDATE else _REQUESTS[purpose]
@@ -265,7 +265,7 @@ class FusedOptimizer(WithOnePass):
                 return False
 
         def step(packed: Packed) -> bool | str:
-            in_kernels = onepass is not None or packed.on_device
+            in_kernels = extras is not None or packed.on_device
             scaler = (own.get("grad_scale"), own.get("found_inf")) if in_kernels else (None, None)
             request = _C.StepRequest(purpose, weight, *scaler, follows)
             unscales = scaled and not in_kernels and packed.rows > 0
@@ -308,7 +308,7 @@ class FusedOptimizer(WithOnePass):
     ) -> bool | None:
         """What ``call`` makes of the plan; of a new one, if it says why the plan does not fit."""
         packed = self._packed
-        memory = self._onepass.core if self._onepass is not None else None
+        memory = self._extras.core if self._extras is not None else None
         outcome: bool | str | None = "there is none"
         if packed is not None and packed.memory is memory:
             outcome = packed.why_rerouted(self.param_groups, self._backend_of)
@@ -354,21 +354,21 @@ class FusedOptimizer(WithOnePass):
         Raises:
             ValueError: more was asked for than torch.optim can do for a parameter it must step.
         """
-        onepass, members = self._onepass, self._sort()
+        extras, members = self._extras, self._sort()
         for member in members.torch:
             self._check_torch(member)
 
         def initial(param: Tensor, name: str) -> Tensor:
-            if onepass is not None and name in ENTRIES:
-                return onepass.initial(param, name)
+            if extras is not None and name in ENTRIES:
+                return extras.initial(param, name)
             return self._initial_state(param, name)
 
         new = NewState(
             self._state_names,
-            onepass.entries() if onepass is not None else [],
+            extras.entries() if extras is not None else [],
             initial,
             self._has_step,
-            onepass is not None and onepass.core.options.may_skip,
+            extras is not None and extras.core.options.may_skip,
         )
         packed = Packed(
             self._rule,
@@ -378,7 +378,7 @@ class FusedOptimizer(WithOnePass):
             new,
             self._first_flags,
             self._captured,
-            onepass.core if onepass is not None else None,
+            extras.core if extras is not None else None,
             named,
         )
         if not self._reported_torch:
@@ -390,7 +390,7 @@ class FusedOptimizer(WithOnePass):
         """Raises for a parameter that torch.optim must step, and that more was asked for."""
         group = self.param_groups[member.group]
         who = f"{describe(group, member.index)} of param group {member.group}"
-        if self._onepass is not None:
+        if self._extras is not None:
             raise ValueError(
                 f"{', '.join(self._options.asked) or 'accumulate()'} cannot be had for {who}, "
                 f"which torch.optim must step: {member.reason}; leave it out, or give that "
@@ -427,7 +427,7 @@ class FusedOptimizer(WithOnePass):
 
     def _sort(self) -> Sorted:
         """The parameters by who updates them now."""
-        entries = self._onepass.entries() if self._onepass is not None else []
+        entries = self._extras.entries() if self._extras is not None else []
         wanted = Wanted(
             self._state_names,
             self._dtype_of_states,
@@ -495,15 +495,15 @@ class FusedOptimizer(WithOnePass):
         """As torch's. State of parameters whose every step GradScaler skipped is left out."""
         self._settle()
         state_dict = super().state_dict()
-        if self._onepass is not None:
+        if self._extras is not None:
             params = (param for group in self.param_groups for param in group["params"])
-            self._onepass.complete(params, state_dict["state"])
+            self._extras.complete(params, state_dict["state"])
         return state_dict
 
     def _settle(self) -> None:
         """Makes the state tell what devices and the window know."""
-        if self._onepass is not None and self._onepass.core.options.accumulates:
-            self._onepass.settle(self.state, self._first_flags)
+        if self._extras is not None and self._extras.core.options.accumulates:
+            self._extras.settle(self.state, self._first_flags)
         else:
             self._settle_first_flags()
 
@@ -546,7 +546,7 @@ class FusedOptimizer(WithOnePass):
             complete=self._has_step,
         )
         new._restore_window()
-        self.state, self.param_groups, self._onepass = new.state, new.param_groups, new._onepass
+        self.state, self.param_groups, self._extras = new.state, new.param_groups, new._extras
         self._packed = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -563,11 +563,11 @@ class FusedOptimizer(WithOnePass):
 
     def _restore_window(self) -> None:
         """Continues the window of micro-batches that the state was saved in."""
-        if self._onepass is not None or any(WINDOW in state for state in self.state.values()):
-            block = self._onepass.block if self._onepass is not None else None
-            self._onepass = OnePass(self._options, distributed.add_up_shards)
-            self._onepass.restore(self.state)
-            self._onepass.block = self._onepass.group = block
+        if self._extras is not None or any(WINDOW in state for state in self.state.values()):
+            block = self._extras.block if self._extras is not None else None
+            self._extras = StepExtras(self._options, distributed.add_up_shards)
+            self._extras.restore(self.state)
+            self._extras.block = self._extras.group = block
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()

@@ -32,9 +32,9 @@ _CPU = [
 ]
 _DEVICE = ["tests/cpp/bodies.cpp", "csrc/device/table.cpp", "csrc/device/image.cpp"]
 SOURCES["driver_test"] = ["tests/cpp/driver_test.cpp", *_CPU]
-SOURCES["onepass_test"] = ["tests/cpp/onepass_test.cpp", *_CPU, *_DEVICE]
+SOURCES["epilogue_test"] = ["tests/cpp/epilogue_test.cpp", *_CPU, *_DEVICE]
 SOURCES["cuda_body_test"] = ["tests/cpp/cuda_body_test.cpp", *_CPU, *_DEVICE]
-DRIVERS = ("driver_test", "onepass_test", "cuda_body_test")
+DRIVERS = ("driver_test", "epilogue_test", "cuda_body_test")
 SMALL = ("-include", f"{ROOT}/tests/cpp/small_registry.h")
 
 
@@ -69,8 +69,8 @@ _DRIVER = {"test": "driver_test", "rebuild": "csrc/cpu/driver.cpp"}
 _TABLE = {"test": "driver_test", "rebuild": "csrc/core/table.cpp"}
 _GATHER = {"test": "gather_test", "rebuild": "csrc/data/gather.cpp"}
 _BODY = {"test": "cuda_body_test", "rebuild": "tests/cpp/bodies.cpp"}
-_ONEPASS = {"test": "onepass_test", "rebuild": "tests/cpp/bodies.cpp"}
-_DECISION = {"test": "onepass_test"}
+_EPILOGUE = {"test": "epilogue_test", "rebuild": "tests/cpp/bodies.cpp"}
+_DECISION = {"test": "epilogue_test"}
 
 MUTATIONS = [
     Mutation("sgd drops decay", "rules/sgd.h", _DECAY, "", r"sgd/default/\S*decay=0.1"),
@@ -319,7 +319,7 @@ MUTATIONS = [
     # ---- Around the update
     Mutation(
         "a check is forgotten",
-        "core/onepass.h",
+        "core/epilogue.h",
         "(q.check == 0 || is_finite(sums.with))",
         "true",
         "a sum that is not finite skips",
@@ -327,7 +327,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a micro-batch that is left out counts",
-        "core/onepass.h",
+        "core/epilogue.h",
         "if (take) v.weight = v.weight + weight;",
         "v.weight = v.weight + weight;",
         "one that is not finite does not count",
@@ -335,7 +335,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a window keeps its weight",
-        "core/onepass.h",
+        "core/epilogue.h",
         "v.weight = 0.0;",
         "",
         "the window is empty",
@@ -343,7 +343,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a window of nothing is an update",
-        "core/onepass.h",
+        "core/epilogue.h",
         "v.skip = total > 0.0 && (q.check == 0 || is_finite(squares)) ? 0 : 1;",
         "v.skip = 0;",
         "nothing is left",
@@ -351,7 +351,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the norm of a window ignores what was left out",
-        "core/onepass.h",
+        "core/epilogue.h",
         "const double squares = take ? sums.with : sums.without;",
         "const double squares = sums.with;",
         "the last one is left out",
@@ -359,7 +359,7 @@ MUTATIONS = [
     ),
     Mutation(
         "clipping forgets the scale",
-        "core/onepass.h",
+        "core/epilogue.h",
         "factor = factor * coefficient;",
         "factor = coefficient;",
         "unscaled, clipped",
@@ -372,7 +372,7 @@ MUTATIONS = [
         "",
         "norm: .* on generic: block",
         rebuild="csrc/cpu/driver.cpp",
-        test="onepass_test",
+        test="epilogue_test",
     ),
     Mutation(
         "a norm skips a block's tail",
@@ -381,7 +381,7 @@ MUTATIONS = [
         "__builtin_memcpy(buffer, array, (count - 1) * size);",
         "norm: .* on generic: block",
         rebuild="csrc/cpu/tier_generic.cpp",
-        test="onepass_test",
+        test="epilogue_test",
     ),
     Mutation(
         "a norm forgets what gradients weigh",
@@ -390,16 +390,16 @@ MUTATIONS = [
         "load(accumulator + i) + load(grad + i)",
         "norm: .* on generic: block",
         rebuild="csrc/cpu/tier_generic.cpp",
-        test="onepass_test",
+        test="epilogue_test",
     ),
     Mutation(
         "gradients that are left out are accumulated",
         "cpu/kernels.h",
-        "const bool take = task.pass.verdict->take != 0;",
+        "const bool take = task.epilogue.decision->take != 0;",
         "const bool take = true;",
         "accumulation: .* on generic",
         rebuild="csrc/cpu/tier_generic.cpp",
-        test="onepass_test",
+        test="epilogue_test",
     ),
     Mutation(
         "an accumulator is not cleared",
@@ -426,7 +426,7 @@ MUTATIONS = [
         "sum / kWidth * kTurn + lane * kWidth + sum % kWidth",
         "lane * kSums + sum",
         "norm: .* on a CUDA body: block",
-        **_ONEPASS,
+        **_EPILOGUE,
     ),
     Mutation(
         "a device's accumulation takes every second access",
@@ -434,7 +434,7 @@ MUTATIONS = [
         "i < done; i += threads * kWidth",
         "i < done; i += 2 * threads * kWidth",
         "accumulation: .* on a CUDA body",
-        **_ONEPASS,
+        **_EPILOGUE,
     ),
     Mutation(
         "a skipped step leaves the accumulators full",

@@ -33,7 +33,7 @@ SHARED = {  # modules of no rule
         "in_backward",
         "loading",
     ),
-    *("onepass", "optimizer", "packing", "routing", "with_onepass"),
+    *("step_extras", "optimizer", "packing", "routing", "options_mixin"),
 }
 SHARED_KERNELS = {"launcher", "layout", "math", "multi_tensor", "norm"}
 # What must not know a rule by name, and would have to change with every rule if it did: all sources

@@ -17,6 +17,16 @@ from .layout import (
     CHUNK_BYTES,
     CHUNK_COUNT,
     CHUNK_ROW,
+    DECISION_EMA_DECAY32,
+    DECISION_EMA_DECAY64,
+    DECISION_EMA_REST32,
+    DECISION_EMA_REST64,
+    DECISION_FACTOR32,
+    DECISION_FACTOR64,
+    DECISION_IN32,
+    DECISION_IN64,
+    DECISION_SKIP,
+    DECISION_TAKE,
     GRAD,
     HYPER_BYTES,
     HYPER_GRAD_FACTOR,
@@ -37,16 +47,6 @@ from .layout import (
     ROW_LAYOUT,
     ROW_SLOT,
     ROW_WIDTH,
-    VERDICT_EMA_DECAY32,
-    VERDICT_EMA_DECAY64,
-    VERDICT_EMA_REST32,
-    VERDICT_EMA_REST64,
-    VERDICT_FACTOR32,
-    VERDICT_FACTOR64,
-    VERDICT_IN32,
-    VERDICT_IN64,
-    VERDICT_SKIP,
-    VERDICT_TAKE,
 )
 from .math import device, div, narrow, widen
 
@@ -133,10 +133,10 @@ def read_scalars(slot, K: tl.constexpr):
 
 
 @device
-def of_verdict(verdict, AT64: tl.constexpr, AT32: tl.constexpr, COMPUTE: tl.constexpr):
-    """A verdict's number in the type of the arithmetic."""
+def of_verdict(decision, AT64: tl.constexpr, AT32: tl.constexpr, COMPUTE: tl.constexpr):
+    """A decision's number in the type of the arithmetic."""
     AT: tl.constexpr = AT64 if COMPUTE == tl.float64 else AT32
-    return read(verdict + AT, COMPUTE)
+    return read(decision + AT, COMPUTE)
 
 
 @device
@@ -234,7 +234,7 @@ class Chunk(NamedTuple):
 
     factor: tl.tensor  # that gradients are multiplied by
     grad_scale: tl.tensor
-    verdict: tl.tensor
+    decision: tl.tensor
     take: tl.tensor  # gradients are read
     accumulates: tl.tensor  # there is an accumulator
     averages: tl.tensor  # there is an average
@@ -263,7 +263,7 @@ def update_places(places, mask, chunk, s, K: tl.constexpr):
         tl.store(places[1], narrow(grad, K.grad), mask=mask)
     if chunk.accumulates:
         sum = tl.load(places[2 + STATES], mask=mask)
-        weight = of_verdict(chunk.verdict, VERDICT_IN64, VERDICT_IN32, COMPUTE)
+        weight = of_verdict(chunk.decision, DECISION_IN64, DECISION_IN32, COMPUTE)
         grad = tl.where(chunk.take, sum + grad * weight, sum)
         clear(places[2 + STATES], mask, COMPUTE, K)
     param, state = K.rule(param, grad * chunk.factor, state, s, K.variant)
@@ -273,8 +273,8 @@ def update_places(places, mask, chunk, s, K: tl.constexpr):
         tl.store(places[2 + k], narrow(state[k], K.state), mask=mask)
     if chunk.averages:
         average = tl.load(places[3 + STATES], mask=mask)
-        decay = of_verdict(chunk.verdict, VERDICT_EMA_DECAY64, VERDICT_EMA_DECAY32, COMPUTE)
-        rest = of_verdict(chunk.verdict, VERDICT_EMA_REST64, VERDICT_EMA_REST32, COMPUTE)
+        decay = of_verdict(chunk.decision, DECISION_EMA_DECAY64, DECISION_EMA_DECAY32, COMPUTE)
+        rest = of_verdict(chunk.decision, DECISION_EMA_REST64, DECISION_EMA_REST32, COMPUTE)
         average = decay * average + rest * widen(stored, COMPUTE)
         tl.store(places[3 + STATES], average, mask=mask)
     if chunk.zeroes:
@@ -342,7 +342,7 @@ def update_others(row, layout, begin, first, skipped, count, chunk, s, K: tl.con
 
 
 @device
-def update_chunk(rows, piece, layouts, slots, grad_scale, verdict, zero_grads, K: tl.constexpr):
+def update_chunk(rows, piece, layouts, slots, grad_scale, decision, zero_grads, K: tl.constexpr):
     """Updates a piece of a row."""
     WIDTH: tl.constexpr = K.width
     COMPUTE: tl.constexpr = K.compute
@@ -357,12 +357,12 @@ def update_chunk(rows, piece, layouts, slots, grad_scale, verdict, zero_grads, K
         factor = read(slot, COMPUTE)
         s = read_scalars(slot, K)
         take = has_grad
-        if verdict != 0:
-            factor = factor * of_verdict(verdict, VERDICT_FACTOR64, VERDICT_FACTOR32, COMPUTE)
-            take = take & (read(verdict + VERDICT_TAKE, tl.int32) != 0)
+        if decision != 0:
+            factor = factor * of_verdict(decision, DECISION_FACTOR64, DECISION_FACTOR32, COMPUTE)
+            take = take & (read(decision + DECISION_TAKE, tl.int32) != 0)
         averages = has(row, AVERAGE)
         zeroes = has_grad & (zero_grads != 0)
-        chunk = Chunk(factor, grad_scale, verdict, take, accumulates, averages, zeroes)
+        chunk = Chunk(factor, grad_scale, decision, take, accumulates, averages, zeroes)
         layout = layout_of(row, layouts)
         # Elements before the aligned ones; all where there are none.
         first = count
@@ -404,11 +404,11 @@ def overflowed(found_inf):
 
 
 @device
-def skips(found_inf, verdict):
+def skips(found_inf, decision):
     """Whether nothing is updated."""
     skip = overflowed(found_inf)
-    if verdict != 0:
-        skip = skip | (read(verdict + VERDICT_SKIP, tl.int32) != 0)
+    if decision != 0:
+        skip = skip | (read(decision + DECISION_SKIP, tl.int32) != 0)
     return skip
 
 
@@ -421,7 +421,7 @@ def fusedopt_update(
     chunk_count,
     grad_scale,
     found_inf,
-    verdict,
+    decision,
     zero_grads,
     K: tl.constexpr,
 ):
@@ -429,11 +429,11 @@ def fusedopt_update(
 
     A step that is skipped still empties the accumulators, and clears gradients if asked to.
     """
-    if not skips(found_inf, verdict):
+    if not skips(found_inf, decision):
         for c in range(tl.program_id(0).to(tl.int64), chunk_count, tl.num_programs(0)):
             piece = chunks + c * CHUNK_BYTES
-            update_chunk(rows, piece, layouts, slots, grad_scale, verdict, zero_grads, K)
-    elif (zero_grads != 0) | (verdict != 0):
+            update_chunk(rows, piece, layouts, slots, grad_scale, decision, zero_grads, K)
+    elif (zero_grads != 0) | (decision != 0):
         for c in range(tl.program_id(0).to(tl.int64), chunk_count, tl.num_programs(0)):
             clear_chunk(rows, chunks + c * CHUNK_BYTES, layouts, zero_grads, K)
 
@@ -496,7 +496,7 @@ def prepare_slot(slot, hyper, to, K: tl.constexpr):
 
 
 @triton.jit
-def fusedopt_update_prepare(slots, hypers, to, found_inf, verdict, K: tl.constexpr):
+def fusedopt_update_prepare(slots, hypers, to, found_inf, decision, K: tl.constexpr):
     """Fills the slots of an update, one a program, each one thread's work.
 
     The step counts and flags that it reads it also writes, which needs no barrier as long as a
@@ -505,6 +505,6 @@ def fusedopt_update_prepare(slots, hypers, to, found_inf, verdict, K: tl.constex
     SLOT_BYTES: tl.constexpr = (1 + len(K.scalars._fields)) * (K.compute.primitive_bitwidth // 8)
     slot = slots + tl.program_id(0).to(tl.int64) * PREPARE_BYTES
     index = read(slot + PREPARE_HYPER, tl.int32).to(tl.int64)
-    if not skips(found_inf, verdict) and index >= 0:
+    if not skips(found_inf, decision) and index >= 0:
         to = to + tl.program_id(0).to(tl.int64) * SLOT_BYTES
         prepare_slot(slot, hypers + index * HYPER_BYTES, to, K)

@@ -1,7 +1,7 @@
 """The kernels that run before an update: the norm of gradients, and their way to the accumulators.
 
 The twins of ``csrc/cuda/norm.cu``; what they compute, and in which order, is in
-``csrc/core/onepass.h``.
+``csrc/core/epilogue.h``.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from .layout import (
     CHUNK_BYTES,
     CHUNK_COUNT,
     CLOSE,
+    DECISION_FACTOR32,
+    DECISION_FACTOR64,
+    DECISION_IN32,
+    DECISION_IN64,
+    DECISION_NORM,
+    DECISION_NORM32,
+    DECISION_SKIP,
+    DECISION_TAKE,
+    DECISION_TICKET,
     GRAD,
     NORM_BLOCK,
     NORM_CLASSES,
     ROW_NORM_BLOCK,
     SUMS_BYTES,
-    VERDICT_FACTOR32,
-    VERDICT_FACTOR64,
-    VERDICT_IN32,
-    VERDICT_IN64,
-    VERDICT_NORM,
-    VERDICT_NORM32,
-    VERDICT_SKIP,
-    VERDICT_TAKE,
-    VERDICT_TICKET,
 )
 from .math import device, div, sqrt, widen
 from .multi_tensor import (
@@ -90,7 +90,7 @@ class Accumulate(Norm):
     """What an accumulate kernel is compiled for."""
 
 
-class Question(NamedTuple):
+class DecisionInputs(NamedTuple):
     """What `decide` is told; doubles as their bits."""
 
     purpose: tl.tensor
@@ -141,20 +141,20 @@ def weight_in(q):
 
 
 @device
-def decide(q, sum_with, sum_without, verdict):
-    """Fills the verdict from the sums over all rows."""
+def decide(q, sum_with, sum_without, decision):
+    """Fills the decision from the sums over all rows."""
     found = overflowed(q.found_inf)
     take = (found == 0) & ((q.check == 0) | is_finite(sum_with))
     weight = weight_of(q)
-    window = read(verdict, tl.float64)
+    window = read(decision, tl.float64)
     # All threads of the program read it, one of them writes it.
     tl.debug_barrier()
-    store(verdict + VERDICT_TAKE, take, tl.int32)
-    store(verdict + VERDICT_IN64, weight_in(q), tl.float64)
-    store(verdict + VERDICT_IN32, weight_in(q), tl.float32)
+    store(decision + DECISION_TAKE, take, tl.int32)
+    store(decision + DECISION_IN64, weight_in(q), tl.float64)
+    store(decision + DECISION_IN32, weight_in(q), tl.float32)
     if q.purpose == ACCUMULATE:
         if take:
-            store(verdict, window + weight, tl.float64)
+            store(decision, window + weight, tl.float64)
     else:
         factor = tl.full((), 1.0, tl.float64)
         if q.purpose == CLOSE:
@@ -162,24 +162,24 @@ def decide(q, sum_with, sum_without, verdict):
             squares = tl.where(take, sum_with, sum_without)
             # Accumulators can overflow, too.
             good = (total > 0.0) & ((q.check == 0) | is_finite(squares))
-            store(verdict + VERDICT_SKIP, good == 0, tl.int32)
-            store(verdict, factor * 0.0, tl.float64)
+            store(decision + DECISION_SKIP, good == 0, tl.int32)
+            store(decision, factor * 0.0, tl.float64)
             if q.mean != 0:
                 factor = div(1.0, total)
             norm = sqrt(squares) * factor
         else:
-            store(verdict + VERDICT_SKIP, take == 0, tl.int32)
+            store(decision + DECISION_SKIP, take == 0, tl.int32)
             if q.grad_scale != 0:
                 factor = div(1.0, read(q.grad_scale, tl.float32).to(tl.float64))
             norm = sqrt(sum_with) * factor
-        store(verdict + VERDICT_NORM, norm, tl.float64)
-        store(verdict + VERDICT_NORM32, norm, tl.float32)
+        store(decision + DECISION_NORM, norm, tl.float64)
+        store(decision + DECISION_NORM32, norm, tl.float32)
         max_norm = double_of(q.max_norm)
         if max_norm >= 0.0:  # as torch.nn.utils.clip_grad_norm_ does, NaN included
             coefficient = div(max_norm, norm + 1e-6)
             factor = tl.where(coefficient > 1.0, factor, factor * coefficient)
-        store(verdict + VERDICT_FACTOR64, factor, tl.float64)
-        store(verdict + VERDICT_FACTOR32, factor, tl.float32)
+        store(decision + DECISION_FACTOR64, factor, tl.float64)
+        store(decision + DECISION_FACTOR32, factor, tl.float32)
 
 
 @device
@@ -282,7 +282,7 @@ def sum_chunk(rows, piece, layouts, blocks, weight, K: tl.constexpr):
 
 
 @device
-def finish_norm(blocks, block_count, total, verdict, decides, q):
+def finish_norm(blocks, block_count, total, decision, decides, q):
     """The sums of all blocks of the norm, and what follows from them."""
     sum_with = tl.full((NORM_CLASSES,), 0.0, tl.float64)
     sum_without = tl.full((NORM_CLASSES,), 0.0, tl.float64)
@@ -308,7 +308,7 @@ def finish_norm(blocks, block_count, total, verdict, decides, q):
         store(total, with_grads, tl.float64)
         store(total + 8, without, tl.float64)
     if decides != 0:
-        decide(q, with_grads, without, verdict)
+        decide(q, with_grads, without, decision)
 
 
 @triton.jit
@@ -320,7 +320,7 @@ def fusedopt_norm(
     blocks,
     block_count,
     total,
-    verdict,
+    decision,
     last,
     decides,
     purpose,
@@ -337,19 +337,21 @@ def fusedopt_norm(
     """Sums the squares of a table's gradients, over the grid of the updates.
 
     The last program to end of a norm's last launch adds up what all wrote. It is known by the
-    verdict's ticket, which every program draws after all of its threads have stored their sums.
+    decision's ticket, which every program draws after all of its threads have stored their sums.
     """
-    q = Question(purpose, check, mean, grads, max_norm, weight, live_weight, grad_scale, found_inf)
+    q = DecisionInputs(
+        purpose, check, mean, grads, max_norm, weight, live_weight, grad_scale, found_inf
+    )
     factor = weight_in(q).to(K.compute)
     for c in range(tl.program_id(0).to(tl.int64), chunk_count, tl.num_programs(0)):
         sum_chunk(rows, chunks + c * CHUNK_BYTES, layouts, blocks, factor, K)
     if last != 0:
         tl.debug_barrier()
-        tickets = (verdict + VERDICT_TICKET).to(tl.pointer_type(tl.int32))
+        tickets = (decision + DECISION_TICKET).to(tl.pointer_type(tl.int32))
         ticket = tl.atomic_add(tickets, 1, sem="acq_rel")
         if ticket == tl.num_programs(0) - 1:
             tl.store(tickets, 0)
-            finish_norm(blocks, block_count, total, verdict, decides, q)
+            finish_norm(blocks, block_count, total, decision, decides, q)
 
 
 @device
@@ -363,7 +365,7 @@ def accumulate_places(grads, accumulators, mask, take, zeroes, weight, K: tl.con
 
 
 @device
-def accumulate_chunk(rows, piece, layouts, verdict, zero_grads, K: tl.constexpr):
+def accumulate_chunk(rows, piece, layouts, decision, zero_grads, K: tl.constexpr):
     """Adds the gradients of a piece of a row to its accumulators."""
     WIDTH: tl.constexpr = K.width
     BLOCK: tl.constexpr = K.block
@@ -375,9 +377,9 @@ def accumulate_chunk(rows, piece, layouts, verdict, zero_grads, K: tl.constexpr)
         begin = read(piece, tl.int64)
         count = read(piece + CHUNK_COUNT, tl.int32)
         layout = layout_of(row, layouts)
-        take = read(verdict + VERDICT_TAKE, tl.int32) != 0
+        take = read(decision + DECISION_TAKE, tl.int32) != 0
         zeroes = zero_grads != 0
-        weight = of_verdict(verdict, VERDICT_IN64, VERDICT_IN32, K.compute)
+        weight = of_verdict(decision, DECISION_IN64, DECISION_IN32, K.compute)
         odd = (address(row, GRAD) + begin * GRAD_SIZE) % ACCESS_BYTES
         odd += (address(row, ACCUMULATOR) + begin * SIZE) % ACCESS_BYTES
         aligned = tl.where((layout == 0) & (odd == 0), count // WIDTH, 0) * WIDTH
@@ -396,7 +398,7 @@ def accumulate_chunk(rows, piece, layouts, verdict, zero_grads, K: tl.constexpr)
 
 
 @triton.jit
-def fusedopt_accumulate(rows, chunks, layouts, chunk_count, verdict, zero_grads, K: tl.constexpr):
+def fusedopt_accumulate(rows, chunks, layouts, chunk_count, decision, zero_grads, K: tl.constexpr):
     """Adds a table's gradients to its accumulators, over the grid of the updates."""
     for c in range(tl.program_id(0).to(tl.int64), chunk_count, tl.num_programs(0)):
-        accumulate_chunk(rows, chunks + c * CHUNK_BYTES, layouts, verdict, zero_grads, K)
+        accumulate_chunk(rows, chunks + c * CHUNK_BYTES, layouts, decision, zero_grads, K)

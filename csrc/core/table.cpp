@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "core/onepass.h"
+#include "core/epilogue.h"
 
 namespace fusedopt {
 

@@ -19,7 +19,7 @@ bool reads(const Work& work, int array) {
 }
 bool writes(const Work& work, int array) {
   if (work.kind == Work::Kind::kNorm || !reads(work, array)) return false;
-  return array != 1 || work.pass.zero_grads != 0;
+  return array != 1 || work.epilogue.zero_grads != 0;
 }
 
 void* array_of(const Row& row, int array) {
@@ -164,7 +164,7 @@ void run_chunk(const Work& work, const Chunk& chunk) {
   const int64_t last = chunk.last_piece - 1;
   const Arrays arrays(work);
   Task task;
-  task.pass = work.pass;
+  task.epilogue = work.epilogue;
   task.in = work.in;
   for (int64_t p = chunk.first_piece; p <= last; ++p) {
     if (p + kPiecesAhead <= last) prefetch_piece(arrays.of(p + kPiecesAhead));

@@ -22,7 +22,7 @@ struct Work {
   const Table* table;
   Kernel kernel;
   Kind kind = Kind::kUpdate;
-  Pass pass = {};
+  Epilogue epilogue = {};
   NormSums* sums = nullptr;  // of the first row's first block; of norms
   double in = 1.0;           // see Task
 };

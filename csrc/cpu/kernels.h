@@ -111,15 +111,15 @@ struct Update {
     bool zero = false;
     bool plain = false;  // there is a gradient and nothing else
 
-    explicit Around(const Pass& pass) {
-      zero = pass.zero_grads != 0;
-      plain = pass.verdict == nullptr && !zero;
-      if (pass.verdict == nullptr) return;
-      factor = pass.verdict->template factor<T>();
-      in = pass.verdict->template in<T>();
-      decay = pass.verdict->template ema_decay<T>();
-      rest = pass.verdict->template ema_rest<T>();
-      take = pass.verdict->take != 0;
+    explicit Around(const Epilogue& epilogue) {
+      zero = epilogue.zero_grads != 0;
+      plain = epilogue.decision == nullptr && !zero;
+      if (epilogue.decision == nullptr) return;
+      factor = epilogue.decision->template factor<T>();
+      in = epilogue.decision->template in<T>();
+      decay = epilogue.decision->template ema_decay<T>();
+      rest = epilogue.decision->template ema_rest<T>();
+      take = epilogue.decision->take != 0;
     }
   };
 
@@ -164,14 +164,14 @@ struct Update {
     constexpr Rest::Sizes kSizes = Rest::sizes<P, G, S, T>();
     Rest rest(span, whole, kSizes);
     loop(rest.span, V::kLanes, rest.span, task);
-    rest.write_back(task.pass.zero_grads != 0);
+    rest.write_back(task.epilogue.zero_grads != 0);
   }
 
   __attribute__((noinline)) static void loop(const Span& span, int64_t count, const Span& next,
                                              const Task& task) {
     const SlotType slot = *static_cast<const SlotType*>(task.slot);
     const Arrays at(span);
-    const Around around(task.pass);
+    const Around around(task.epilogue);
     const T factor = slot.grad_factor * around.factor;
 
     // Ahead of the last elements lie the first ones of the next span.
@@ -196,7 +196,7 @@ struct Update {
   }
 };
 
-// Sums of squares; core/onepass.h says in which order. A block of 1,024 elements in 256 classes is
+// Sums of squares; core/epilogue.h says in which order. A block of 1,024 elements in 256 classes is
 // four rounds of 256: registers go through it column by column, and fold with the column half a round
 // away at once.
 template <class G, class T>
@@ -303,9 +303,9 @@ struct Accumulate {
   static void run(const Span& span, const Span& /*next*/, const Task& task) {
     auto* grad = static_cast<G*>(span.grad);
     auto* accumulator = static_cast<T*>(span.state[kAccumulator]);
-    const T in = task.pass.verdict->template in<T>();
-    const bool take = task.pass.verdict->take != 0;
-    const bool zero = task.pass.zero_grads != 0;
+    const T in = task.epilogue.decision->template in<T>();
+    const bool take = task.epilogue.decision->take != 0;
+    const bool zero = task.epilogue.zero_grads != 0;
     const int64_t whole = span.count - span.count % V::kLanes;
     for (int64_t i = 0; i < whole; i += V::kLanes) {
       prefetch(ahead_of(grad + i));

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "core/onepass.h"
+#include "core/epilogue.h"
 #include "core/table.h"
 
 namespace fusedopt {
@@ -21,7 +21,7 @@ struct Span {
 // What a kernel needs to know of a span beside its arrays.
 struct Task {
   const void* slot = nullptr;  // the Slot of the row's rule and compute type; of updates
-  Pass pass;
+  Epilogue epilogue;
   NormSums* sums = nullptr;  // where those of the span's blocks go; of norms
   double in = 1.0;           // what they multiply gradients by before they add the accumulators
 };

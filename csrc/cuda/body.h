@@ -106,7 +106,7 @@ struct Body {
     T* average;
     int count;
     const float* grad_scale;
-    const Verdict* verdict;
+    const StepDecision* decision;
     bool zero_grads;
     T factor;
     SlotType slot;
@@ -117,7 +117,7 @@ struct Body {
   FUSEDOPT_HD static void gather_grad(const Chunk& chunk, const int64_t (&at)[kMaxArrays],
                                       T (&grad)[kWidth]) {
     const bool take =
-        chunk.grad != nullptr && (chunk.verdict == nullptr || chunk.verdict->take != 0);
+        chunk.grad != nullptr && (chunk.decision == nullptr || chunk.decision->take != 0);
     if (take) {
       load(grad, chunk.grad + at[1]);
     } else {
@@ -133,7 +133,7 @@ struct Body {
     if (chunk.accumulator != nullptr) {
       T sum[kWidth];
       load(sum, chunk.accumulator + at[2 + kAccumulator]);
-      const T in = chunk.verdict->template in<T>();
+      const T in = chunk.decision->template in<T>();
       FUSEDOPT_UNROLL
       for (int i = 0; i < kWidth; ++i) grad[i] = take ? sum[i] + grad[i] * in : sum[i];
       clear<kWidth>(chunk.accumulator + at[2 + kAccumulator]);
@@ -181,8 +181,8 @@ struct Body {
                                          const T (&param)[kWidth]) {
     T average[kWidth];
     load(average, chunk.average + at[2 + kAverage]);
-    const T decay = chunk.verdict->template ema_decay<T>();
-    const T rest = chunk.verdict->template ema_rest<T>();
+    const T decay = chunk.decision->template ema_decay<T>();
+    const T rest = chunk.decision->template ema_rest<T>();
     FUSEDOPT_UNROLL
     for (int i = 0; i < kWidth; ++i) {
       average[i] = decay * average[i] + rest * T(from_storage(to_storage<P>(param[i])));
@@ -238,8 +238,9 @@ struct Body {
     return left;
   }
 
-  FUSEDOPT_HD static void run(const DeviceTable& table, const Scaler& scaler, const Pass& pass,
-                              int64_t chunk_index, int thread, int threads) {
+  FUSEDOPT_HD static void run(const DeviceTable& table, const Scaler& scaler,
+                              const Epilogue& epilogue, int64_t chunk_index, int thread,
+                              int threads) {
     const DeviceChunk piece = table.chunks[chunk_index];
     const DeviceRow& row = table.rows[piece.row];
     if (row.grad == nullptr && row.state[kAccumulator] == nullptr) return;
@@ -254,11 +255,12 @@ struct Body {
     chunk.average = offset<T>(row.state[kAverage], begin);
     chunk.count = piece.count;
     chunk.grad_scale = scaler.grad_scale;
-    chunk.verdict = pass.verdict;
-    chunk.zero_grads = pass.zero_grads != 0;
+    chunk.decision = epilogue.decision;
+    chunk.zero_grads = epilogue.zero_grads != 0;
     chunk.slot = static_cast<const SlotType*>(table.slots)[row.slot];
     chunk.factor = chunk.slot.grad_factor;
-    if (pass.verdict != nullptr) chunk.factor = chunk.factor * pass.verdict->template factor<T>();
+    if (epilogue.decision != nullptr)
+      chunk.factor = chunk.factor * epilogue.decision->template factor<T>();
     const bool wide = linear && row.width > 1;
     const int head = wide && row.head < chunk.count ? row.head : chunk.count;
     const int count = wide ? (chunk.count - head) / row.width : 0;
@@ -269,14 +271,14 @@ struct Body {
   }
 
   // What a step that is skipped still does: it empties the window, and clears gradients if asked to.
-  FUSEDOPT_HD static bool clears(const Pass& pass) {
-    return pass.zero_grads != 0 || pass.verdict != nullptr;
+  FUSEDOPT_HD static bool clears(const Epilogue& epilogue) {
+    return epilogue.zero_grads != 0 || epilogue.decision != nullptr;
   }
-  FUSEDOPT_HD static void clear(const DeviceTable& table, const Pass& pass, int64_t chunk_index,
-                                int thread, int threads) {
+  FUSEDOPT_HD static void clear(const DeviceTable& table, const Epilogue& epilogue,
+                                int64_t chunk_index, int thread, int threads) {
     const DeviceChunk piece = table.chunks[chunk_index];
     const DeviceRow& row = table.rows[piece.row];
-    auto* grad = pass.zero_grads != 0 ? static_cast<G*>(row.grad) : nullptr;
+    auto* grad = epilogue.zero_grads != 0 ? static_cast<G*>(row.grad) : nullptr;
     auto* accumulator = static_cast<T*>(row.state[kAccumulator]);
     FUSEDOPT_NO_UNROLL
     for (int i = thread; i < piece.count; i += threads) {

@@ -59,26 +59,26 @@ class CudaLauncher final : public GpuLauncher {
   }
 
   Status update(const StorageTuple& storage, int rule, int variant, const DeviceTable& table,
-                const Scaler& scaler, const Pass& pass, Stream stream) override {
-    return launch_over_chunks(kernel_of(storage, rule, variant), stream, table, scaler, pass);
+                const Scaler& scaler, const Epilogue& epilogue, Stream stream) override {
+    return launch_over_chunks(kernel_of(storage, rule, variant), stream, table, scaler, epilogue);
   }
 
   Status prepare(int rule, bool in_double, const PrepareTable& table, const Scaler& scaler,
-                 const Verdict* verdict, Stream stream) override {
+                 const StepDecision* decision, Stream stream) override {
     const int64_t blocks = (table.slot_count + kThreads - 1) / kThreads;
-    return launch(find_prepare_kernel(rule, in_double), blocks, stream, table, scaler, verdict);
+    return launch(find_prepare_kernel(rule, in_double), blocks, stream, table, scaler, decision);
   }
 
   Status norm(const StorageTuple& storage, const DeviceTable& table, const Measure& measure,
-              const Question& question, Stream stream) override {
+              const DecisionInputs& inputs, Stream stream) override {
     return launch_over_chunks(find_norm_kernel(storage.grad, storage.param), stream, table, measure,
-                              question);
+                              inputs);
   }
 
-  Status accumulate(const StorageTuple& storage, const DeviceTable& table, const Pass& pass,
+  Status accumulate(const StorageTuple& storage, const DeviceTable& table, const Epilogue& epilogue,
                     Stream stream) override {
     return launch_over_chunks(find_accumulate_kernel(storage.grad, storage.param), stream, table,
-                              pass);
+                              epilogue);
   }
 
  private:

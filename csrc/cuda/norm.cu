@@ -43,7 +43,7 @@ __device__ double fold_block(double sum, double* shared) {
 static_assert(kThreads == kNormClasses, "a thread a class where the blocks are summed up");
 
 // By one block of threads: the sums of all blocks of the norm, and what follows from them.
-__device__ void finish_norm(const Measure& measure, const Question& question) {
+__device__ void finish_norm(const Measure& measure, const DecisionInputs& inputs) {
   __shared__ double shared[kNormClasses];
   double with = 0.0;
   double without = 0.0;
@@ -56,16 +56,16 @@ __device__ void finish_norm(const Measure& measure, const Question& question) {
   const NormSums sums{fold_block(with, shared), fold_block(without, shared)};
   if (threadIdx.x != 0) return;
   if (measure.total != nullptr) *measure.total = sums;
-  if (measure.decides != 0) decide(question, sums, *measure.verdict);
+  if (measure.decides != 0) decide(inputs, sums, *measure.decision);
 }
 
 // The grid of the updates; see update.cuh. The last block of threads to end sums up what all wrote.
 template <class G, class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    gradient_norm(DeviceTable table, Measure measure, Question question) {
+    gradient_norm(DeviceTable table, Measure measure, DecisionInputs inputs) {
   using Body = NormBody<G, T>;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const T in = T(weight_in(question));
+  const T in = T(weight_in(inputs));
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
     const DeviceChunk piece = table.chunks[chunk];
     const DeviceRow& row = table.rows[piece.row];
@@ -84,18 +84,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = atomicAdd(&measure.verdict->ticket, 1) == static_cast<int>(gridDim.x) - 1;
-    if (last) measure.verdict->ticket = 0;
+    last = atomicAdd(&measure.decision->ticket, 1) == static_cast<int>(gridDim.x) - 1;
+    if (last) measure.decision->ticket = 0;
     __threadfence();
   }
   __syncthreads();
-  if (last) finish_norm(measure, question);
+  if (last) finish_norm(measure, inputs);
 }
 
 template <class G, class T>
-__global__ void __launch_bounds__(kThreads, 2) gradient_accumulate(DeviceTable table, Pass pass) {
+__global__ void __launch_bounds__(kThreads, 2)
+    gradient_accumulate(DeviceTable table, Epilogue epilogue) {
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
-    AccumulateBody<G, T>::run(table, pass, chunk, static_cast<int>(threadIdx.x), kThreads);
+    AccumulateBody<G, T>::run(table, epilogue, chunk, static_cast<int>(threadIdx.x), kThreads);
   }
 }
 

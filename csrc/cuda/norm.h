@@ -8,7 +8,7 @@ namespace fusedopt::cuda {
 
 constexpr int kLanes = 32;  // threads that sum a block of a norm together
 
-// What one lane adds to the sums of a block; core/onepass.h says in which order. A lane takes as many
+// What one lane adds to the sums of a block; core/epilogue.h says in which order. A lane takes as many
 // neighbouring elements as an access moves, so each of its sums is of one class.
 template <class G, class T>
 struct NormBody {
@@ -99,16 +99,16 @@ struct AccumulateBody {
     }
   }
 
-  FUSEDOPT_HD static void run(const DeviceTable& table, const Pass& pass, int64_t chunk_index,
-                              int thread, int threads) {
+  FUSEDOPT_HD static void run(const DeviceTable& table, const Epilogue& epilogue,
+                              int64_t chunk_index, int thread, int threads) {
     const DeviceChunk piece = table.chunks[chunk_index];
     const DeviceRow& row = table.rows[piece.row];
     auto* grad = static_cast<G*>(row.grad);
     auto* accumulator = static_cast<T*>(row.state[kAccumulator]);
     if (grad == nullptr) return;
-    const bool take = pass.verdict->take != 0;
-    const bool zero = pass.zero_grads != 0;
-    const T in = pass.verdict->template in<T>();
+    const bool take = epilogue.decision->take != 0;
+    const bool zero = epilogue.zero_grads != 0;
+    const T in = epilogue.decision->template in<T>();
     const auto aligned = [](const void* address) {
       return reinterpret_cast<uintptr_t>(address) % kAccessBytes == 0;
     };

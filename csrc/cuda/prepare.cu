@@ -7,9 +7,9 @@ namespace fusedopt::cuda {
 namespace {
 
 template <class Rule, class T>
-__global__ void update_prepare(PrepareTable table, Scaler scaler, const Verdict* verdict) {
+__global__ void update_prepare(PrepareTable table, Scaler scaler, const StepDecision* decision) {
   const int64_t slot = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (slot < table.slot_count) prepare_slot<Rule, T>(table, scaler, verdict, slot);
+  if (slot < table.slot_count) prepare_slot<Rule, T>(table, scaler, decision, slot);
 }
 
 }  // namespace

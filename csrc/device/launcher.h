@@ -30,16 +30,16 @@ class Launcher {
 
   // One launch each, in the order of the stream. Rules and variants by their place in the registry.
   virtual Status update(const StorageTuple& storage, int rule, int variant,
-                        const DeviceTable& table, const Scaler& scaler, const Pass& pass,
+                        const DeviceTable& table, const Scaler& scaler, const Epilogue& epilogue,
                         Stream stream) = 0;
   virtual Status prepare(int rule, bool in_double, const PrepareTable& table, const Scaler& scaler,
-                         const Verdict* verdict, Stream stream) = 0;
-  // Sums the squares of a table's gradients, and makes a verdict of them if told to: one launch,
+                         const StepDecision* decision, Stream stream) = 0;
+  // Sums the squares of a table's gradients, and makes a decision of them if told to: one launch,
   // of a table without chunks too.
   virtual Status norm(const StorageTuple& storage, const DeviceTable& table, const Measure& measure,
-                      const Question& question, Stream stream) = 0;
-  virtual Status accumulate(const StorageTuple& storage, const DeviceTable& table, const Pass& pass,
-                            Stream stream) = 0;
+                      const DecisionInputs& inputs, Stream stream) = 0;
+  virtual Status accumulate(const StorageTuple& storage, const DeviceTable& table,
+                            const Epilogue& epilogue, Stream stream) = 0;
 
   // Whether what is launched on the stream now is recorded in a graph.
   virtual bool capturing(Stream stream) = 0;

@@ -51,8 +51,8 @@ struct PrepareTable {
 // A skipped step bumps nothing, and its slots are not read.
 template <class Rule, class T>
 FUSEDOPT_HD void prepare_slot(const PrepareTable& table, const Scaler& scaler,
-                              const Verdict* verdict, int64_t index) {
-  if (skips(scaler, verdict)) return;
+                              const StepDecision* decision, int64_t index) {
+  if (skips(scaler, decision)) return;
   using Hyper = typename Rule::Hyper;
   const PrepareSlot& slot = table.prepare[index];
   if (slot.hyper < 0) return;

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/onepass.h"
+#include "core/epilogue.h"
 #include "core/table.h"
 
 namespace fusedopt::cuda {
@@ -63,7 +63,7 @@ struct DeviceTable {
   int64_t chunk_count;
 };
 
-// GradScaler's tensors, null without one, for an update without a verdict. Every thread of a launch
+// GradScaler's tensors, null without one, for an update without a decision. Every thread of a launch
 // takes the same branch on them.
 struct Scaler {
   // What gradients are still multiplied by; they are written back without.
@@ -71,19 +71,19 @@ struct Scaler {
   const float* found_inf = nullptr;  // not 0: nothing is updated
 };
 
-FUSEDOPT_HD static bool skips(const Scaler& scaler, const Verdict* verdict) {
+FUSEDOPT_HD static bool skips(const Scaler& scaler, const StepDecision* decision) {
   return (scaler.found_inf != nullptr && *scaler.found_inf != 0.0f) ||
-         (verdict != nullptr && verdict->skip != 0);
+         (decision != nullptr && decision->skip != 0);
 }
 
-// Where the sums of a norm go, and who makes a verdict of them.
+// Where the sums of a norm go, and who makes a decision of them.
 struct Measure {
   NormSums* blocks;
   int64_t block_count;
   NormSums* total;  // of all blocks; null: nobody asks for it
-  Verdict* verdict;
+  StepDecision* decision;
   int32_t last;     // the last launch over these blocks: it sums them up
-  int32_t decides;  // and makes the verdict
+  int32_t decides;  // and makes the decision
 };
 
 // Makes `row` the image of a table's row, with the widest access that all its arrays allow and the

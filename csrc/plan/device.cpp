@@ -211,7 +211,7 @@ void TableOnDevice::ready(const Table& table) {
   image_ = std::move(image);
 }
 
-Board TableOnDevice::upload(const Table& table, const DeviceNumbers& numbers) {
+UploadedTable TableOnDevice::upload(const Table& table, const DeviceNumbers& numbers) {
   Leftovers::free();
   const c10::DeviceGuard guard(device_);
   const cuda::Stream stream = current_stream(device_);
@@ -224,8 +224,8 @@ Board TableOnDevice::upload(const Table& table, const DeviceNumbers& numbers) {
   return {image_.get(), static_cast<std::byte*>(memory_.data_ptr()), stream};
 }
 
-Board TableOnDevice::capture(const Table& table, const DeviceNumbers& numbers,
-                             const std::vector<int>& variants, CapturedTables& captured) {
+UploadedTable TableOnDevice::capture(const Table& table, const DeviceNumbers& numbers,
+                                     const std::vector<int>& variants, CapturedTables& captured) {
   const c10::DeviceGuard guard(device_);
   const cuda::Stream stream = current_stream(device_);
   cuda::Image image(table, cuda::Scalars::kDevice, groups_, launcher_.multiprocessors());
@@ -241,33 +241,38 @@ Board TableOnDevice::capture(const Table& table, const DeviceNumbers& numbers,
   return {&made->image, made->memory, stream};
 }
 
-void TableOnDevice::norm(const Board& board, const Table& table, const NormNumbers& norm) {
+void TableOnDevice::norm(const UploadedTable& uploaded, const Table& table,
+                         const NormNumbers& norm) {
   const c10::DeviceGuard guard(device_);
-  check(launcher_.norm(table.storage, board.table(), norm.measure, norm.question, board.stream));
+  check(
+      launcher_.norm(table.storage, uploaded.table(), norm.measure, norm.inputs, uploaded.stream));
 }
 
-void TableOnDevice::accumulate(const Board& board, const Table& table, const Pass& pass) {
-  if (board.image->chunks() == 0) return;
+void TableOnDevice::accumulate(const UploadedTable& uploaded, const Table& table,
+                               const Epilogue& epilogue) {
+  if (uploaded.image->chunks() == 0) return;
   const c10::DeviceGuard guard(device_);
-  check(launcher_.accumulate(table.storage, board.table(), pass, board.stream));
+  check(launcher_.accumulate(table.storage, uploaded.table(), epilogue, uploaded.stream));
 }
 
-void TableOnDevice::step(const Board& board, const Table& table, const DeviceNumbers& numbers) {
+void TableOnDevice::step(const UploadedTable& uploaded, const Table& table,
+                         const DeviceNumbers& numbers) {
   const c10::DeviceGuard guard(device_);
-  if (board.image->scalars() == cuda::Scalars::kDevice) {
+  if (uploaded.image->scalars() == cuda::Scalars::kDevice) {
     check(launcher_.prepare(rule_.index, table.storage.param == DType::kF64,
-                            board.image->prepare_at(board.memory), numbers.scaler,
-                            numbers.pass.verdict, board.stream));
+                            uploaded.image->prepare_at(uploaded.memory), numbers.scaler,
+                            numbers.epilogue.decision, uploaded.stream));
   }
-  if (board.image->chunks() == 0) return;  // parameters without elements, whose steps are counted
-  check(launcher_.update(table.storage, rule_.index, variant_, board.table(), numbers.scaler,
-                         numbers.pass, board.stream));
+  if (uploaded.image->chunks() == 0)
+    return;  // parameters without elements, whose steps are counted
+  check(launcher_.update(table.storage, rule_.index, variant_, uploaded.table(), numbers.scaler,
+                         numbers.epilogue, uploaded.stream));
 }
 
 void finish_norm(cuda::Launcher& launcher, c10::Device device, StorageTuple storage,
                  const NormNumbers& norm) {
   const c10::DeviceGuard guard(device);
-  check(launcher.norm(storage, cuda::DeviceTable{}, norm.measure, norm.question,
+  check(launcher.norm(storage, cuda::DeviceTable{}, norm.measure, norm.inputs,
                       current_stream(device)));
 }
 

@@ -30,14 +30,14 @@ struct DeviceNumbers {
   std::vector<cuda::PrepareSlot> prepare;  // one a row
   std::vector<cuda::DeviceHyper> hypers;   // one a param group
   cuda::Scaler scaler;
-  Pass pass;
+  Epilogue epilogue;
   std::vector<at::Tensor> kept;
 };
 
 // What a norm's launch over a table is told.
 struct NormNumbers {
   cuda::Measure measure;
-  Question question;
+  DecisionInputs inputs;
 };
 
 // A group's hyperparameters for kernels on `device`; what has to be moved there goes to `kept`.
@@ -88,7 +88,7 @@ class CapturedTables {
 };
 
 // A table's image, where it lies on the device, and the stream that a step launches on.
-struct Board {
+struct UploadedTable {
   const cuda::Image* image = nullptr;
   std::byte* memory = nullptr;
   cuda::Stream stream = nullptr;
@@ -113,18 +113,18 @@ class TableOnDevice {
   void ready(const Table& table);
 
   // In the order of the current stream: uploads what moved since the last step.
-  Board upload(const Table& table, const DeviceNumbers& numbers);
+  UploadedTable upload(const Table& table, const DeviceNumbers& numbers);
 
   // The same for a step that is being recorded in a graph, with an image of its own, which is given
   // to `captured`. `variants` are the groups'.
-  Board capture(const Table& table, const DeviceNumbers& numbers, const std::vector<int>& variants,
-                CapturedTables& captured);
+  UploadedTable capture(const Table& table, const DeviceNumbers& numbers,
+                        const std::vector<int>& variants, CapturedTables& captured);
 
   // A launch each, in the order of the current stream; a step is two where its scalars are computed
   // on the device.
-  void norm(const Board& board, const Table& table, const NormNumbers& norm);
-  void accumulate(const Board& board, const Table& table, const Pass& pass);
-  void step(const Board& board, const Table& table, const DeviceNumbers& numbers);
+  void norm(const UploadedTable& uploaded, const Table& table, const NormNumbers& norm);
+  void accumulate(const UploadedTable& uploaded, const Table& table, const Epilogue& epilogue);
+  void step(const UploadedTable& uploaded, const Table& table, const DeviceNumbers& numbers);
 
  private:
   cuda::Launcher& launcher_;

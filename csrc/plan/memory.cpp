@@ -8,30 +8,30 @@ namespace fusedopt {
 
 namespace {
 
-// Copies a verdict to where it lies, in the order of the device's current stream.
-void write(const Verdict& verdict, const at::Tensor& to) {
-  const auto size = static_cast<int64_t>(sizeof verdict);
+// Copies a decision to where it lies, in the order of the device's current stream.
+void write(const StepDecision& decision, const at::Tensor& to) {
+  const auto size = static_cast<int64_t>(sizeof decision);
   const at::Tensor staging = at::empty({size}, at::TensorOptions(at::kByte));
-  std::memcpy(staging.data_ptr(), &verdict, sizeof verdict);
+  std::memcpy(staging.data_ptr(), &decision, sizeof decision);
   to.copy_(staging);
 }
 
-Verdict read(const at::Tensor& from) {
+StepDecision read(const at::Tensor& from) {
   const at::Tensor here = from.cpu();
-  Verdict verdict;
-  std::memcpy(&verdict, here.const_data_ptr(), sizeof verdict);
-  return verdict;
+  StepDecision decision;
+  std::memcpy(&decision, here.const_data_ptr(), sizeof decision);
+  return decision;
 }
 
 }  // namespace
 
-at::Tensor StepMemory::verdict(c10::Device device) {
-  for (const auto& [known, tensor] : verdicts_) {
+at::Tensor StepMemory::decision(c10::Device device) {
+  for (const auto& [known, tensor] : decisions_) {
     if (known == device) return tensor;
   }
-  Verdict first;
-  if (!verdicts_.empty()) {
-    first = read(verdicts_.front().second);
+  StepDecision first;
+  if (!decisions_.empty()) {
+    first = read(decisions_.front().second);
   } else {
     if (options.averages()) {
       first.ema_decay64 = options.ema_decay;
@@ -41,23 +41,23 @@ at::Tensor StepMemory::verdict(c10::Device device) {
     }
     first.weight = first_weight_;
   }
-  at::Tensor made = at::empty({static_cast<int64_t>(sizeof(Verdict))},
+  at::Tensor made = at::empty({static_cast<int64_t>(sizeof(StepDecision))},
                               at::TensorOptions(at::kByte).device(device));
   write(first, made);
-  verdicts_.emplace_back(device, made);
+  decisions_.emplace_back(device, made);
   return made;
 }
 
 double StepMemory::window_weight() const {
-  return verdicts_.empty() ? first_weight_ : read(verdicts_.front().second).weight;
+  return decisions_.empty() ? first_weight_ : read(decisions_.front().second).weight;
 }
 
 void StepMemory::set_window_weight(double weight) {
   first_weight_ = weight;
-  for (const auto& [device, tensor] : verdicts_) {
-    Verdict verdict = read(tensor);
-    verdict.weight = weight;
-    write(verdict, tensor);
+  for (const auto& [device, tensor] : decisions_) {
+    StepDecision decision = read(tensor);
+    decision.weight = weight;
+    write(decision, tensor);
   }
 }
 

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/onepass.h"
+#include "core/epilogue.h"
 
 namespace fusedopt {
 
@@ -59,10 +59,10 @@ class StepMemory {
     for (auto& [param, member] : members_) member.has_accumulated = false;
   }
 
-  // The memory of a device's Verdict, created with what is constant in it and with what the other
+  // The memory of a device's StepDecision, created with what is constant in it and with what the other
   // devices have decided.
-  at::Tensor verdict(c10::Device device);
-  const std::vector<std::pair<c10::Device, at::Tensor>>& verdicts() const { return verdicts_; }
+  at::Tensor decision(c10::Device device);
+  const std::vector<std::pair<c10::Device, at::Tensor>>& decisions() const { return decisions_; }
 
   // The weight of the micro-batches in the accumulators; reading it waits for the device.
   double window_weight() const;
@@ -70,8 +70,8 @@ class StepMemory {
 
  private:
   std::unordered_map<PyObject*, Member> members_;
-  std::vector<std::pair<c10::Device, at::Tensor>> verdicts_;
-  double first_weight_ = 0.0;  // of the window, until there is a verdict
+  std::vector<std::pair<c10::Device, at::Tensor>> decisions_;
+  double first_weight_ = 0.0;  // of the window, until there is a decision
 };
 
 }  // namespace fusedopt

@@ -84,7 +84,7 @@ class StepPlan {
   struct DeviceLaunch {
     bool captures = false;  // what is launched is recorded in a graph
     DeviceNumbers numbers;
-    Board board;
+    UploadedTable uploaded;
   };
 
   bool launch(const StepRequest& request);
@@ -97,15 +97,17 @@ class StepPlan {
   DeviceNumbers device_numbers(const TablePlan& plan) const;
   void upload(std::vector<DeviceLaunch>& launches);
 
-  Question question_for(const NormDomain& domain, const StepRequest& request,
-                        std::vector<at::Tensor>& kept) const;
-  void decide_all(std::vector<DeviceLaunch>& launches, const std::vector<Question>& questions);
-  void decide_apart(std::vector<DeviceLaunch>& launches, const std::vector<Question>& questions);
-  void run_norms(const NormDomain& domain, const Question& question) const;
+  DecisionInputs inputs_for(const NormDomain& domain, const StepRequest& request,
+                            std::vector<at::Tensor>& kept) const;
+  void decide_all(std::vector<DeviceLaunch>& launches,
+                  const std::vector<DecisionInputs>& all_inputs);
+  void decide_apart(std::vector<DeviceLaunch>& launches,
+                    const std::vector<DecisionInputs>& all_inputs);
+  void run_norms(const NormDomain& domain, const DecisionInputs& inputs) const;
   void launch_norms(const NormDomain& domain, const std::vector<DeviceLaunch>& launches,
-                    const Question& question, cuda::Measure measure);
+                    const DecisionInputs& inputs, cuda::Measure measure);
 
-  std::vector<Work> host_work(bool accumulates, const Pass& pass) const;
+  std::vector<Work> host_work(bool accumulates, const Epilogue& epilogue) const;
   void clear_host_rows(Purpose purpose);
   void drop_grads();
   void commit_accumulation();

@@ -14,7 +14,9 @@ namespace fusedopt {
 
 namespace {
 
-Verdict* verdict_at(const at::Tensor& memory) { return static_cast<Verdict*>(memory.data_ptr()); }
+StepDecision* decision_at(const at::Tensor& memory) {
+  return static_cast<StepDecision*>(memory.data_ptr());
+}
 
 NormSums* sums_at(const at::Tensor& memory) { return static_cast<NormSums*>(memory.data_ptr()); }
 
@@ -44,10 +46,10 @@ bool StepPlan::launch(const StepRequest& request) {
 
   // Kernels on devices read these until they have run.
   std::vector<at::Tensor> kept;
-  std::vector<Question> questions;
+  std::vector<DecisionInputs> all_inputs;
   for (const NormDomain& domain : domains_) {
-    questions.push_back(question_for(domain, request, kept));
-    kept.push_back(memory->verdict(domain.device));
+    all_inputs.push_back(inputs_for(domain, request, kept));
+    kept.push_back(memory->decision(domain.device));
     kept.push_back(domain.blocks);
   }
   for (size_t i = 0; i < devices.size(); ++i) {
@@ -62,30 +64,31 @@ bool StepPlan::launch(const StepRequest& request) {
       }
     }
     if (memory != nullptr) {
-      numbers.pass = {verdict_at(memory->verdict(plan.device)), rows_.zeroes_grads() ? 1 : 0};
+      numbers.epilogue = {decision_at(memory->decision(plan.device)), rows_.zeroes_grads() ? 1 : 0};
     }
   }
   upload(devices);
-  if (memory != nullptr && !request.follows) decide_all(devices, questions);
+  if (memory != nullptr && !request.follows) decide_all(devices, all_inputs);
 
   for (size_t i = 0; i < devices.size(); ++i) {
     const TablePlan& plan = rows_.tables[i];
     if (plan.on_device == nullptr) continue;
     if (accumulates) {
-      plan.on_device->accumulate(devices[i].board, plan.table, devices[i].numbers.pass);
+      plan.on_device->accumulate(devices[i].uploaded, plan.table, devices[i].numbers.epilogue);
     } else {
-      plan.on_device->step(devices[i].board, plan.table, devices[i].numbers);
+      plan.on_device->step(devices[i].uploaded, plan.table, devices[i].numbers);
     }
   }
-  Pass pass{nullptr, rows_.zeroes_grads() ? 1 : 0};
+  Epilogue epilogue{nullptr, rows_.zeroes_grads() ? 1 : 0};
   for (const NormDomain& domain : domains_) {
-    if (domain.launcher == nullptr) pass.verdict = verdict_at(memory->verdict(domain.device));
+    if (domain.launcher == nullptr)
+      epilogue.decision = decision_at(memory->decision(domain.device));
   }
-  const bool skips = !accumulates && pass.verdict != nullptr && pass.verdict->skip != 0;
+  const bool skips = !accumulates && epilogue.decision != nullptr && epilogue.decision->skip != 0;
   if (skips) {
     clear_host_rows(request.purpose);
   } else {
-    const std::vector<Work> work = host_work(accumulates, pass);
+    const std::vector<Work> work = host_work(accumulates, epilogue);
     const py::gil_scoped_release no_gil;
     if (accumulates) {
       commit_accumulation();
@@ -230,48 +233,49 @@ void StepPlan::upload(std::vector<DeviceLaunch>& launches) {
     const TablePlan& plan = rows_.tables[i];
     if (plan.on_device == nullptr) continue;
     if (!launches[i].captures) {
-      launches[i].board = plan.on_device->upload(plan.table, launches[i].numbers);
+      launches[i].uploaded = plan.on_device->upload(plan.table, launches[i].numbers);
       continue;
     }
     Table table = plan.table;  // with a slot a row, whatever the plan's own has
     std::vector<int> variants;
     for (const Group& group : rows_.groups) variants.push_back(group.variant);
     for (size_t r = 0; r < table.rows.size(); ++r) table.rows[r].slot = static_cast<int32_t>(r);
-    launches[i].board = plan.on_device->capture(table, launches[i].numbers, variants, *captured_);
+    launches[i].uploaded =
+        plan.on_device->capture(table, launches[i].numbers, variants, *captured_);
   }
 }
 
 // ---- Decisions ---------------------------------------------------------------------------------
 
-Question StepPlan::question_for(const NormDomain& domain, const StepRequest& request,
-                                std::vector<at::Tensor>& kept) const {
+DecisionInputs StepPlan::inputs_for(const NormDomain& domain, const StepRequest& request,
+                                    std::vector<at::Tensor>& kept) const {
   const StepOptions& options = rows_.memory->options;
   const bool flushes = request.purpose == Purpose::kFlush;
-  Question question;
-  question.purpose = flushes ? Purpose::kClose : request.purpose;
-  question.check = options.check ? 1 : 0;
-  question.mean = options.mean ? 1 : 0;
-  question.max_norm = options.max_norm;
-  question.weight = request.weight;
-  question.grads = flushes ? 0 : 1;
+  DecisionInputs inputs;
+  inputs.purpose = flushes ? Purpose::kClose : request.purpose;
+  inputs.check = options.check ? 1 : 0;
+  inputs.mean = options.mean ? 1 : 0;
+  inputs.max_norm = options.max_norm;
+  inputs.weight = request.weight;
+  inputs.grads = flushes ? 0 : 1;
   if (request.live_weight.defined()) {
     kept.push_back(request.live_weight.to(domain.device, at::kDouble, /*non_blocking=*/true));
-    question.live_weight = static_cast<const double*>(kept.back().const_data_ptr());
+    inputs.live_weight = static_cast<const double*>(kept.back().const_data_ptr());
   }
   const cuda::Scaler scaler = device_scaler(request.amp, domain.device, kept);
-  question.grad_scale = scaler.grad_scale;
-  question.found_inf = scaler.found_inf;
-  return question;
+  inputs.grad_scale = scaler.grad_scale;
+  inputs.found_inf = scaler.found_inf;
+  return inputs;
 }
 
 // The CPU driver's norms, over all of its tables.
-void StepPlan::run_norms(const NormDomain& domain, const Question& question) const {
+void StepPlan::run_norms(const NormDomain& domain, const DecisionInputs& inputs) const {
   std::vector<Work> work = host_work(false, {});
   for (Work& item : work) {
     item.kind = Work::Kind::kNorm;
     item.kernel = current_tier().norm(item.table->storage.grad, item.table->storage.param);
     item.sums = sums_at(domain.blocks);
-    item.in = weight_in(question);
+    item.in = weight_in(inputs);
   }
   const py::gil_scoped_release no_gil;
   run_tables(work, run_on_torch_pool);
@@ -279,7 +283,7 @@ void StepPlan::run_norms(const NormDomain& domain, const Question& question) con
 
 // The norm's launches over a device's tables; `measure` is the last one's.
 void StepPlan::launch_norms(const NormDomain& domain, const std::vector<DeviceLaunch>& launches,
-                            const Question& question, cuda::Measure measure) {
+                            const DecisionInputs& inputs, cuda::Measure measure) {
   size_t last = 0;
   for (size_t i = 0; i < launches.size(); ++i) {
     if (rows_.tables[i].device == domain.device) last = i;
@@ -289,41 +293,41 @@ void StepPlan::launch_norms(const NormDomain& domain, const std::vector<DeviceLa
     if (plan.device != domain.device) continue;
     cuda::Measure here = measure;
     if (i != last) here.last = here.decides = 0;
-    plan.on_device->norm(launches[i].board, plan.table, {here, question});
+    plan.on_device->norm(launches[i].uploaded, plan.table, {here, inputs});
   }
 }
 
-// Fills every device's verdict: from the norm of all rows, where it is asked for.
+// Fills every device's decision: from the norm of all rows, where it is asked for.
 void StepPlan::decide_all(std::vector<DeviceLaunch>& launches,
-                          const std::vector<Question>& questions) {
+                          const std::vector<DecisionInputs>& all_inputs) {
   const StepOptions& options = rows_.memory->options;
-  const bool accumulates = questions[0].purpose == Purpose::kAccumulate;
+  const bool accumulates = all_inputs[0].purpose == Purpose::kAccumulate;
   const bool sums = options.check || (options.measures && !accumulates);
   const bool apart = domains_.size() > 1 || domains_[0].specs.size() > 1 || domains_[0].specs[0];
-  if (sums && apart) return decide_apart(launches, questions);
+  if (sums && apart) return decide_apart(launches, all_inputs);
   for (size_t d = 0; d < domains_.size(); ++d) {
     const NormDomain& domain = domains_[d];
-    Verdict* verdict = verdict_at(rows_.memory->verdict(domain.device));
+    StepDecision* decision = decision_at(rows_.memory->decision(domain.device));
     if (domain.launcher == nullptr) {
       NormSums total;
       if (sums) {
-        run_norms(domain, questions[d]);
+        run_norms(domain, all_inputs[d]);
         total = sum_blocks(sums_at(domain.blocks), domain.block_count());
       }
-      decide(questions[d], total, *verdict);
+      decide(all_inputs[d], total, *decision);
     } else if (sums) {
-      launch_norms(domain, launches, questions[d],
-                   {sums_at(domain.blocks), domain.block_count(), nullptr, verdict, 1, 1});
+      launch_norms(domain, launches, all_inputs[d],
+                   {sums_at(domain.blocks), domain.block_count(), nullptr, decision, 1, 1});
     } else {
       finish_norm(*domain.launcher, domain.device, domain.storage,
-                  {{nullptr, 0, nullptr, verdict, 1, 1}, questions[d]});
+                  {{nullptr, 0, nullptr, decision, 1, 1}, all_inputs[d]});
     }
   }
 }
 
 // The same where sums have to meet: those of several devices, and those of shards on several ranks.
 void StepPlan::decide_apart(std::vector<DeviceLaunch>& launches,
-                            const std::vector<Question>& questions) {
+                            const std::vector<DecisionInputs>& all_inputs) {
   std::vector<at::Tensor> totals;
   for (size_t d = 0; d < domains_.size(); ++d) {
     const NormDomain& domain = domains_[d];
@@ -332,11 +336,11 @@ void StepPlan::decide_apart(std::vector<DeviceLaunch>& launches,
         at::zeros({segments, 2}, at::TensorOptions(at::kDouble).device(domain.device));
     NormSums* blocks = sums_at(domain.blocks);
     if (domain.launcher == nullptr) {
-      run_norms(domain, questions[d]);
+      run_norms(domain, all_inputs[d]);
     } else {
-      launch_norms(domain, launches, questions[d], {blocks, 0, nullptr, nullptr, 0, 0});
+      launch_norms(domain, launches, all_inputs[d], {blocks, 0, nullptr, nullptr, 0, 0});
     }
-    Verdict* verdict = verdict_at(rows_.memory->verdict(domain.device));
+    StepDecision* decision = decision_at(rows_.memory->decision(domain.device));
     int64_t begin = 0;
     for (int64_t segment = 0; segment < segments; ++segment) {
       const int64_t count = domain.ends[segment] - begin;
@@ -344,7 +348,7 @@ void StepPlan::decide_apart(std::vector<DeviceLaunch>& launches,
         sums_at(total)[segment] = sum_blocks(blocks + begin, count);
       } else {
         finish_norm(*domain.launcher, domain.device, domain.storage,
-                    {{blocks + begin, count, sums_at(total) + segment, verdict, 1, 0}, {}});
+                    {{blocks + begin, count, sums_at(total) + segment, decision, 1, 0}, {}});
       }
       begin = domain.ends[segment];
     }
@@ -358,19 +362,19 @@ void StepPlan::decide_apart(std::vector<DeviceLaunch>& launches,
     std::vector<at::Tensor> here;
     for (const at::Tensor& total : totals) here.push_back(total.to(domain.device, true));
     const at::Tensor all = at::cat(here);
-    Verdict* verdict = verdict_at(rows_.memory->verdict(domain.device));
+    StepDecision* decision = decision_at(rows_.memory->decision(domain.device));
     if (domain.launcher == nullptr) {
-      decide(questions[d], sum_blocks(sums_at(all), all.size(0)), *verdict);
+      decide(all_inputs[d], sum_blocks(sums_at(all), all.size(0)), *decision);
     } else {
       finish_norm(*domain.launcher, domain.device, domain.storage,
-                  {{sums_at(all), all.size(0), nullptr, verdict, 1, 1}, questions[d]});
+                  {{sums_at(all), all.size(0), nullptr, decision, 1, 1}, all_inputs[d]});
     }
   }
 }
 
 // ---- The host ----------------------------------------------------------------------------------
 
-std::vector<Work> StepPlan::host_work(bool accumulates, const Pass& pass) const {
+std::vector<Work> StepPlan::host_work(bool accumulates, const Epilogue& epilogue) const {
   const Tier& tier = current_tier();
   std::vector<Work> work;
   for (const TablePlan& plan : rows_.tables) {
@@ -378,10 +382,10 @@ std::vector<Work> StepPlan::host_work(bool accumulates, const Pass& pass) const 
     const StorageTuple& storage = plan.table.storage;
     if (accumulates) {
       const Kernel kernel = tier.accumulate(storage.grad, storage.param);
-      work.push_back({&plan.table, kernel, Work::Kind::kAccumulate, pass});
+      work.push_back({&plan.table, kernel, Work::Kind::kAccumulate, epilogue});
     } else {
       const Kernel kernel = tier.kernel(rows_.rule.index, plan.variant, storage_index(storage));
-      work.push_back({&plan.table, kernel, Work::Kind::kUpdate, pass});
+      work.push_back({&plan.table, kernel, Work::Kind::kUpdate, epilogue});
     }
   }
   return work;

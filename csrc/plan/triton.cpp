@@ -30,40 +30,41 @@ cuda::Status TritonLauncher::load(const StorageTuple& storage, int rule, int var
 
 cuda::Status TritonLauncher::update(const StorageTuple& storage, int rule, int variant,
                                     const cuda::DeviceTable& table, const cuda::Scaler& scaler,
-                                    const Pass& pass, cuda::Stream stream) {
+                                    const Epilogue& epilogue, cuda::Stream stream) {
   const auto key = pybind11::make_tuple(rule, variant, int(storage.param), int(storage.grad),
                                         int(storage.state));
   return launch("update", key, table.chunk_count, stream, address(table.rows),
                 address(table.chunks), address(table.layouts), address(table.slots),
                 table.chunk_count, address(scaler.grad_scale), address(scaler.found_inf),
-                address(pass.verdict), pass.zero_grads);
+                address(epilogue.decision), epilogue.zero_grads);
 }
 
 cuda::Status TritonLauncher::prepare(int rule, bool in_double, const cuda::PrepareTable& table,
-                                     const cuda::Scaler& scaler, const Verdict* verdict,
+                                     const cuda::Scaler& scaler, const StepDecision* decision,
                                      cuda::Stream stream) {
   return launch("prepare", pybind11::make_tuple(rule, in_double), table.slot_count, stream,
                 address(table.prepare), address(table.hypers), address(table.slots),
-                address(scaler.found_inf), address(verdict));
+                address(scaler.found_inf), address(decision));
 }
 
 cuda::Status TritonLauncher::norm(const StorageTuple& storage, const cuda::DeviceTable& table,
-                                  const cuda::Measure& measure, const Question& question,
+                                  const cuda::Measure& measure, const DecisionInputs& inputs,
                                   cuda::Stream stream) {
-  return launch(
-      "norm", pybind11::make_tuple(int(storage.param), int(storage.grad)), table.chunk_count,
-      stream, address(table.rows), address(table.chunks), address(table.layouts), table.chunk_count,
-      address(measure.blocks), measure.block_count, address(measure.total),
-      address(measure.verdict), measure.last, measure.decides, int(question.purpose),
-      question.check, question.mean, question.grads, bits(question.max_norm), bits(question.weight),
-      address(question.live_weight), address(question.grad_scale), address(question.found_inf));
+  return launch("norm", pybind11::make_tuple(int(storage.param), int(storage.grad)),
+                table.chunk_count, stream, address(table.rows), address(table.chunks),
+                address(table.layouts), table.chunk_count, address(measure.blocks),
+                measure.block_count, address(measure.total), address(measure.decision),
+                measure.last, measure.decides, int(inputs.purpose), inputs.check, inputs.mean,
+                inputs.grads, bits(inputs.max_norm), bits(inputs.weight),
+                address(inputs.live_weight), address(inputs.grad_scale), address(inputs.found_inf));
 }
 
 cuda::Status TritonLauncher::accumulate(const StorageTuple& storage, const cuda::DeviceTable& table,
-                                        const Pass& pass, cuda::Stream stream) {
+                                        const Epilogue& epilogue, cuda::Stream stream) {
   return launch("accumulate", pybind11::make_tuple(int(storage.param), int(storage.grad)),
                 table.chunk_count, stream, address(table.rows), address(table.chunks),
-                address(table.layouts), table.chunk_count, address(pass.verdict), pass.zero_grads);
+                address(table.layouts), table.chunk_count, address(epilogue.decision),
+                epilogue.zero_grads);
 }
 
 pybind11::dict layout() {
@@ -97,20 +98,20 @@ pybind11::dict layout() {
   set("HYPER_GRAD_FACTOR", offsetof(DeviceHyper, grad_factor));
   set("NUMBER_BYTES", sizeof(DeviceNumber));
   set("NUMBER_IS_DOUBLE", offsetof(DeviceNumber, is_double));
-  set("VERDICT_WEIGHT", offsetof(Verdict, weight));
-  set("VERDICT_NORM", offsetof(Verdict, norm));
-  set("VERDICT_FACTOR64", offsetof(Verdict, factor64));
-  set("VERDICT_IN64", offsetof(Verdict, in64));
-  set("VERDICT_EMA_DECAY64", offsetof(Verdict, ema_decay64));
-  set("VERDICT_EMA_REST64", offsetof(Verdict, ema_rest64));
-  set("VERDICT_FACTOR32", offsetof(Verdict, factor32));
-  set("VERDICT_IN32", offsetof(Verdict, in32));
-  set("VERDICT_EMA_DECAY32", offsetof(Verdict, ema_decay32));
-  set("VERDICT_EMA_REST32", offsetof(Verdict, ema_rest32));
-  set("VERDICT_NORM32", offsetof(Verdict, norm32));
-  set("VERDICT_TAKE", offsetof(Verdict, take));
-  set("VERDICT_SKIP", offsetof(Verdict, skip));
-  set("VERDICT_TICKET", offsetof(Verdict, ticket));
+  set("DECISION_WEIGHT", offsetof(StepDecision, weight));
+  set("DECISION_NORM", offsetof(StepDecision, norm));
+  set("DECISION_FACTOR64", offsetof(StepDecision, factor64));
+  set("DECISION_IN64", offsetof(StepDecision, in64));
+  set("DECISION_EMA_DECAY64", offsetof(StepDecision, ema_decay64));
+  set("DECISION_EMA_REST64", offsetof(StepDecision, ema_rest64));
+  set("DECISION_FACTOR32", offsetof(StepDecision, factor32));
+  set("DECISION_IN32", offsetof(StepDecision, in32));
+  set("DECISION_EMA_DECAY32", offsetof(StepDecision, ema_decay32));
+  set("DECISION_EMA_REST32", offsetof(StepDecision, ema_rest32));
+  set("DECISION_NORM32", offsetof(StepDecision, norm32));
+  set("DECISION_TAKE", offsetof(StepDecision, take));
+  set("DECISION_SKIP", offsetof(StepDecision, skip));
+  set("DECISION_TICKET", offsetof(StepDecision, ticket));
   set("NORM_BLOCK", kNormBlock);
   set("NORM_CLASSES", kNormClasses);
   set("SUMS_BYTES", sizeof(NormSums));

@@ -20,16 +20,16 @@ class TritonLauncher final : public cuda::GpuLauncher {
   int multiprocessors() override;
   cuda::Status load(const StorageTuple& storage, int rule, int variant) override;
   cuda::Status update(const StorageTuple& storage, int rule, int variant,
-                      const cuda::DeviceTable& table, const cuda::Scaler& scaler, const Pass& pass,
-                      cuda::Stream stream) override;
+                      const cuda::DeviceTable& table, const cuda::Scaler& scaler,
+                      const Epilogue& epilogue, cuda::Stream stream) override;
   cuda::Status prepare(int rule, bool in_double, const cuda::PrepareTable& table,
-                       const cuda::Scaler& scaler, const Verdict* verdict,
+                       const cuda::Scaler& scaler, const StepDecision* decision,
                        cuda::Stream stream) override;
   cuda::Status norm(const StorageTuple& storage, const cuda::DeviceTable& table,
-                    const cuda::Measure& measure, const Question& question,
+                    const cuda::Measure& measure, const DecisionInputs& inputs,
                     cuda::Stream stream) override;
   cuda::Status accumulate(const StorageTuple& storage, const cuda::DeviceTable& table,
-                          const Pass& pass, cuda::Stream stream) override;
+                          const Epilogue& epilogue, cuda::Stream stream) override;
 
  private:
   // By the kernel's kind and what an instance of it is compiled for. `count` are chunks, or slots.

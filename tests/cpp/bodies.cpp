@@ -9,17 +9,17 @@ namespace fusedopt::testing {
 namespace {
 
 template <class Body>
-void run_update(const cuda::DeviceTable& table, const cuda::Scaler& scaler, const Pass& pass,
-                int64_t chunk, int thread, int threads) {
-  if (!cuda::skips(scaler, pass.verdict)) {
-    Body::run(table, scaler, pass, chunk, thread, threads);
-  } else if (Body::clears(pass)) {
-    Body::clear(table, pass, chunk, thread, threads);
+void run_update(const cuda::DeviceTable& table, const cuda::Scaler& scaler,
+                const Epilogue& epilogue, int64_t chunk, int thread, int threads) {
+  if (!cuda::skips(scaler, epilogue.decision)) {
+    Body::run(table, scaler, epilogue, chunk, thread, threads);
+  } else if (Body::clears(epilogue)) {
+    Body::clear(table, epilogue, chunk, thread, threads);
   }
 }
 
 template <class G, class T>
-void run_norm(const cuda::DeviceTable& table, const Question& question,
+void run_norm(const cuda::DeviceTable& table, const DecisionInputs& inputs,
               const cuda::Measure& measure, int64_t chunk) {
   using Body = cuda::NormBody<G, T>;
   const cuda::DeviceChunk piece = table.chunks[chunk];
@@ -31,7 +31,7 @@ void run_norm(const cuda::DeviceTable& table, const Question& question,
     double without[kNormClasses];
     for (int lane = 0; lane < cuda::kLanes; ++lane) {
       typename Body::Lane sums;
-      Body::sum(table, row, piece.begin + done, count, T(weight_in(question)), lane, sums);
+      Body::sum(table, row, piece.begin + done, count, T(weight_in(inputs)), lane, sums);
       for (int i = 0; i < Body::kSums; ++i) {
         with[Body::class_of(lane, i)] = sums.with[i];
         without[Body::class_of(lane, i)] = sums.without[i];
@@ -58,11 +58,11 @@ RunSlot prepare_of(int rule, bool in_double) {
   });
 }
 
-void finish_norm(const Question& question, const cuda::Measure& measure) {
+void finish_norm(const DecisionInputs& inputs, const cuda::Measure& measure) {
   if (measure.last == 0) return;
   const NormSums sums = sum_blocks(measure.blocks, measure.block_count);
   if (measure.total != nullptr) *measure.total = sums;
-  if (measure.decides != 0) decide(question, sums, *measure.verdict);
+  if (measure.decides != 0) decide(inputs, sums, *measure.decision);
 }
 
 RunNorm norm_of(DType grad, DType param) {

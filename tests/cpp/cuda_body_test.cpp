@@ -34,7 +34,7 @@ void run_launch(const Job& job, const Table& table, int64_t chunk_elements, int 
   const RunChunk body = update_of(job.rule->index, job.variant(), storage_index(job.storage));
   for (int64_t chunk = 0; chunk < device.chunk_count; ++chunk) {
     for (int thread = 0; thread < threads; ++thread) {
-      body(device, scaler, job.pass, chunk, thread, threads);
+      body(device, scaler, job.epilogue, chunk, thread, threads);
     }
   }
 }
@@ -79,9 +79,9 @@ void test_layouts() {
 // As in driver_test.cpp.
 void test_surroundings() {
   for (const bool take : {true, false}) {
-    const Verdict verdict = some_verdict(take);
+    const StepDecision decision = some_verdict(take);
     for_each_variant([&](Job job) {
-      job.surround({&verdict, take ? 1 : 0});
+      job.surround({&decision, take ? 1 : 0});
       for (int64_t n = 0; n <= 35; ++n) job.add_row(n, n, n % 7 != 3, -1);
       job.add_row(300, 300, true, -1);
       job.table.layouts.push_back(make_layout({3, 5, 7}, kMaxArrays));
@@ -95,11 +95,11 @@ void test_surroundings() {
 // A skipped step clears accumulators, and gradients if asked to, and touches nothing else.
 void test_skips() {
   for (const bool zero : {true, false}) {
-    Verdict verdict = some_verdict(true);
-    verdict.skip = 1;
+    StepDecision decision = some_verdict(true);
+    decision.skip = 1;
     Job job(find_rule("adamw"), all_variants(find_rule("adamw")).front(),
             {DType::kBF16, DType::kBF16, DType::kF32});
-    job.surround({&verdict, zero ? 1 : 0});
+    job.surround({&decision, zero ? 1 : 0});
     for (const int64_t n : {1, 40, 65}) job.add_row(n, n, true, -1);
     job.table.layouts.push_back(make_layout({3, 5, 7}, kMaxArrays));
     job.add_row(105, extent_of(job.table.layouts[0], kMaxArrays), true, 0);

@@ -17,7 +17,7 @@ using namespace fusedopt::testing;
 
 Work work_of(const Job& job, const Table& table, const Tier& tier) {
   return {&table, tier.kernel(job.rule->index, job.variant(), storage_index(job.storage)),
-          Work::Kind::kUpdate, job.pass};
+          Work::Kind::kUpdate, job.epilogue};
 }
 
 void check(const Job& job, const Tier& tier, const RunWorkers& workers, const std::string& what) {
@@ -83,9 +83,9 @@ void test_layouts() {
 // these or some.
 void test_surroundings() {
   for (const bool take : {true, false}) {
-    const Verdict verdict = some_verdict(take);
+    const StepDecision decision = some_verdict(take);
     for_each_variant([&](Job job) {
-      job.surround({&verdict, take ? 1 : 0});
+      job.surround({&decision, take ? 1 : 0});
       for (const int64_t n : {1, 0, 15, 16, 17, 33, 64, 65, 700}) job.add_row(n, n, n != 33, -1);
       for (const std::vector<int64_t>& sizes : {std::vector<int64_t>{7, 30}, {3, 5, 2, 70}}) {
         int64_t numel = 1;

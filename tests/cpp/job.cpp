@@ -10,34 +10,36 @@ namespace {
 
 // ---- The scalar path -------------------------------------------------------------------------
 
-using Reference = void (*)(const Span& span, const void* slot, const Pass& pass);
+using Reference = void (*)(const Span& span, const void* slot, const Epilogue& epilogue);
 
 // The gradient that the rule sees, up to the factor; what it is taken from is cleared.
 template <class T, class G>
-T take_grad(const Span& span, int64_t i, const Pass& pass) {
+T take_grad(const Span& span, int64_t i, const Epilogue& epilogue) {
   auto* grad = static_cast<G*>(span.grad);
   auto* accumulator = static_cast<T*>(span.state[kAccumulator]);
-  const bool take = grad != nullptr && (pass.verdict == nullptr || pass.verdict->take != 0);
+  const bool take =
+      grad != nullptr && (epilogue.decision == nullptr || epilogue.decision->take != 0);
   T seen = take ? T(widen(grad[i])) : T(0);
   if (accumulator != nullptr) {
-    seen = take ? accumulator[i] + seen * pass.verdict->in<T>() : accumulator[i];
+    seen = take ? accumulator[i] + seen * epilogue.decision->in<T>() : accumulator[i];
     accumulator[i] = 0;
   }
-  if (grad != nullptr && pass.zero_grads != 0) grad[i] = Narrow<G>::from(0);
+  if (grad != nullptr && epilogue.zero_grads != 0) grad[i] = Narrow<G>::from(0);
   return seen;
 }
 
 template <class Rule, int kVariant, class P, class G, class S>
-void update_elements(const Span& span, const void* slot_bytes, const Pass& pass) {
+void update_elements(const Span& span, const void* slot_bytes, const Epilogue& epilogue) {
   using T = typename ComputeOf<P>::Type;
   constexpr int kStates = Rule::states(kVariant).count;
   Slot<T, typename Rule::template Scalars<T>> slot;
   std::memcpy(&slot, slot_bytes, sizeof slot);
-  const T factor = slot.grad_factor * (pass.verdict != nullptr ? pass.verdict->factor<T>() : T(1));
+  const T factor =
+      slot.grad_factor * (epilogue.decision != nullptr ? epilogue.decision->factor<T>() : T(1));
   for (int64_t i = 0; i < span.count; ++i) {
     P& stored = static_cast<P*>(span.param)[i];
     T param = widen(stored);
-    const T grad = take_grad<T, G>(span, i, pass) * factor;
+    const T grad = take_grad<T, G>(span, i, epilogue) * factor;
     T state[kMaxStates] = {};
     for (int k = 0; k < kStates; ++k) state[k] = widen(static_cast<S*>(span.state[k])[i]);
     Rule::template update<kVariant>(param, grad, state, slot.scalars);
@@ -46,8 +48,8 @@ void update_elements(const Span& span, const void* slot_bytes, const Pass& pass)
       static_cast<S*>(span.state[k])[i] = Narrow<S>::from(state[k]);
     }
     if (auto* average = static_cast<T*>(span.state[kAverage])) {
-      average[i] = pass.verdict->ema_decay<T>() * average[i] +
-                   pass.verdict->ema_rest<T>() * T(widen(stored));
+      average[i] = epilogue.decision->ema_decay<T>() * average[i] +
+                   epilogue.decision->ema_rest<T>() * T(widen(stored));
     }
   }
 }
@@ -195,7 +197,7 @@ void Job::expect() {
         if (has(r, 2 + k)) span.state[k] = expected[r][2 + k].at(element(row, 2 + k, i));
       }
       span.count = 1;
-      reference(span, slot(row.slot), pass);
+      reference(span, slot(row.slot), epilogue);
     }
   }
 }

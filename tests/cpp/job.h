@@ -75,7 +75,7 @@ struct Job {
   StorageTuple storage;
   StateNames states;
   Table table;
-  Pass pass;
+  Epilogue epilogue;
   std::vector<std::vector<Array>> arrays;    // a row's, by their place; empty where it has none
   std::vector<std::vector<Array>> expected;  // the same before and, once `expect` ran, after
 
@@ -92,8 +92,8 @@ struct Job {
   }
 
   // Adds to the rows to come what is around an update: accumulators and averages.
-  void surround(const Pass& with) {
-    pass = with;
+  void surround(const Epilogue& with) {
+    epilogue = with;
     table.accumulates = table.averages = true;
     places_.push_back(2 + kAccumulator);
     places_.push_back(2 + kAverage);
@@ -147,15 +147,15 @@ struct Job {
   std::vector<int> places_;  // of the arrays that rows have
 };
 
-// A verdict with numbers of its own in every place that an update reads.
-inline Verdict some_verdict(bool take) {
-  Verdict verdict;
-  verdict.factor64 = verdict.factor32 = 0.625f;
-  verdict.in64 = verdict.in32 = 1.5f;
-  verdict.ema_decay64 = verdict.ema_decay32 = 0.75f;
-  verdict.ema_rest64 = verdict.ema_rest32 = 0.25f;
-  verdict.take = take ? 1 : 0;
-  return verdict;
+// A decision with numbers of its own in every place that an update reads.
+inline StepDecision some_verdict(bool take) {
+  StepDecision decision;
+  decision.factor64 = decision.factor32 = 0.625f;
+  decision.in64 = decision.in32 = 1.5f;
+  decision.ema_decay64 = decision.ema_decay32 = 0.75f;
+  decision.ema_rest64 = decision.ema_rest32 = 0.25f;
+  decision.take = take ? 1 : 0;
+  return decision;
 }
 
 template <class Visit>

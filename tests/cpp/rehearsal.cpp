@@ -30,39 +30,39 @@ class Rehearsal final : public Launcher {
   Status load(const StorageTuple&, int, int) override { return nullptr; }
 
   Status update(const StorageTuple& storage, int rule, int variant, const DeviceTable& table,
-                const Scaler& scaler, const Pass& pass, Stream) override {
+                const Scaler& scaler, const Epilogue& epilogue, Stream) override {
     ++updates;
-    return over_chunks(update_of(rule, variant, storage_index(storage)), table, scaler, pass);
+    return over_chunks(update_of(rule, variant, storage_index(storage)), table, scaler, epilogue);
   }
 
   Status prepare(int rule, bool in_double, const PrepareTable& table, const Scaler& scaler,
-                 const Verdict* verdict, Stream) override {
+                 const StepDecision* decision, Stream) override {
     ++prepares;
     const RunSlot run = prepare_of(rule, in_double);
     return launch([=] {
-      for (int64_t slot = 0; slot < table.slot_count; ++slot) run(table, scaler, verdict, slot);
+      for (int64_t slot = 0; slot < table.slot_count; ++slot) run(table, scaler, decision, slot);
     });
   }
 
   Status norm(const StorageTuple& storage, const DeviceTable& table, const Measure& measure,
-              const Question& question, Stream) override {
+              const DecisionInputs& inputs, Stream) override {
     ++norms;
     const RunNorm run = norm_of(storage.grad, storage.param);
     return launch([=] {
       for (int64_t chunk = 0; chunk < table.chunk_count; ++chunk) {
-        run(table, question, measure, chunk);
+        run(table, inputs, measure, chunk);
       }
-      finish_norm(question, measure);
+      finish_norm(inputs, measure);
     });
   }
 
-  Status accumulate(const StorageTuple& storage, const DeviceTable& table, const Pass& pass,
+  Status accumulate(const StorageTuple& storage, const DeviceTable& table, const Epilogue& epilogue,
                     Stream) override {
     ++accumulates;
     const RunAccumulate run = accumulate_of(storage.grad, storage.param);
     return launch([=] {
       for (int64_t chunk = 0; chunk < table.chunk_count; ++chunk) {
-        for (int t = 0; t < kHostThreads; ++t) run(table, pass, chunk, t, kHostThreads);
+        for (int t = 0; t < kHostThreads; ++t) run(table, epilogue, chunk, t, kHostThreads);
       }
     });
   }
@@ -107,10 +107,11 @@ class Rehearsal final : public Launcher {
   }
 
   Status over_chunks(RunChunk body, const DeviceTable& table, const Scaler& scaler,
-                     const Pass& pass) {
+                     const Epilogue& epilogue) {
     return launch([=] {
       for (int64_t chunk = 0; chunk < table.chunk_count; ++chunk) {
-        for (int t = 0; t < kHostThreads; ++t) body(table, scaler, pass, chunk, t, kHostThreads);
+        for (int t = 0; t < kHostThreads; ++t)
+          body(table, scaler, epilogue, chunk, t, kHostThreads);
       }
     });
   }

@@ -1,6 +1,6 @@
 // What happens around updates: norms of every tier and of the CUDA bodies against sums of their own
-// in the order that core/onepass.h states, accumulation, and what `decide` makes of the sums.
-#include "core/onepass.h"
+// in the order that core/epilogue.h states, accumulation, and what `decide` makes of the sums.
+#include "core/epilogue.h"
 
 #include <cmath>
 #include <limits>
@@ -27,10 +27,10 @@ void three_threads(const std::function<void()>& worker) {
 bool same(double a, double b) { return a == b || (a != a && b != b); }
 
 // Rows of every kind: with a gradient, an accumulator, both, or neither; strided ones.
-Job make_rows(const StorageTuple& storage, const Verdict* verdict) {
+Job make_rows(const StorageTuple& storage, const StepDecision* decision) {
   const RuleInfo& rule = find_rule("sgd");
   Job job(rule, all_variants(rule).front(), storage);
-  job.surround({verdict, 0});
+  job.surround({decision, 0});
   for (const int64_t n : {1, 0, 255, 256, 1023, 1024, 1025, 2048, 5000, 3}) {
     job.add_row(n, n, n != 2048, -1);
   }
@@ -129,8 +129,8 @@ void test_norms() {
     for (size_t r = 0; r < rows.size(); ++r)
       cuda::update_row(job.table.rows[r], job.table, rows[r]);
     const cuda::DeviceLayout layout = cuda::device_layout(job.table.layouts[0]);
-    Question question;
-    question.weight = kIn;
+    DecisionInputs inputs;
+    inputs.weight = kIn;
     for (const int64_t elements : {1024, 8192}) {
       std::vector<cuda::DeviceChunk> chunks;
       cuda::cut(job.table, elements, chunks);
@@ -139,7 +139,7 @@ void test_norms() {
       std::vector<NormSums> sums = stale;
       const cuda::Measure measure{sums.data(), 0, nullptr, nullptr, 0, 0};
       for (int64_t c = 0; c < table.chunk_count; ++c) {
-        norm_of(storage.grad, storage.param)(table, question, measure, c);
+        norm_of(storage.grad, storage.param)(table, inputs, measure, c);
       }
       compare(sums, wanted, "norm: " + job.name("a CUDA body"));
     }
@@ -148,7 +148,7 @@ void test_norms() {
 
 template <class T>
 void expect_accumulation(Job& job, bool zero) {
-  const Verdict& verdict = *job.pass.verdict;
+  const StepDecision& decision = *job.epilogue.decision;
   for (size_t r = 0; r < job.arrays.size(); ++r) {
     const Row& row = job.table.rows[r];
     constexpr int kPlace = 2 + kAccumulator;
@@ -157,7 +157,7 @@ void expect_accumulation(Job& job, bool zero) {
       Array& grad = job.expected[r][1];
       const int64_t at = job.element(row, kPlace, i);
       const T g = T(grad.get(job.element(row, 1, i)));
-      if (verdict.take != 0) sum.set(at, T(sum.get(at)) + g * verdict.in<T>());
+      if (decision.take != 0) sum.set(at, T(sum.get(at)) + g * decision.in<T>());
       if (zero) grad.set(job.element(row, 1, i), 0.0);
     }
   }
@@ -166,9 +166,9 @@ void expect_accumulation(Job& job, bool zero) {
 void test_accumulation() {
   for (const StorageTuple& storage : kStorageTuples) {
     for (const bool take : {true, false}) {
-      const Verdict verdict = some_verdict(take);
+      const StepDecision decision = some_verdict(take);
       for (const bool zero : {true, false}) {
-        Job job = make_rows(storage, &verdict);
+        Job job = make_rows(storage, &decision);
         // Rows that have a gradient have an accumulator, in an accumulation.
         Job run = job;
         run.connect();
@@ -180,7 +180,7 @@ void test_accumulation() {
         } else {
           expect_accumulation<float>(run, zero);
         }
-        const Pass pass{&verdict, zero ? 1 : 0};
+        const Epilogue epilogue{&decision, zero ? 1 : 0};
         for (const Tier& tier : built_tiers()) {
           if (!tier.supported()) continue;
           Job here = run;
@@ -190,7 +190,7 @@ void test_accumulation() {
                 run.table.rows[r].grad == nullptr ? nullptr : here.arrays[r][1].at(0);
           }
           run_tables({{&here.table, tier.accumulate(storage.grad, storage.param),
-                       Work::Kind::kAccumulate, pass}},
+                       Work::Kind::kAccumulate, epilogue}},
                      three_threads);
           here.compare(job, "accumulation: " + job.name(tier.name), /*moves=*/false);
         }
@@ -208,7 +208,7 @@ void test_accumulation() {
                                       static_cast<int64_t>(chunks.size())};
         for (int64_t c = 0; c < table.chunk_count; ++c) {
           for (int thread = 0; thread < 5; ++thread) {
-            accumulate_of(storage.grad, storage.param)(table, pass, c, thread, 5);
+            accumulate_of(storage.grad, storage.param)(table, epilogue, c, thread, 5);
           }
         }
         here.compare(job, "accumulation: " + job.name("a CUDA body"), /*moves=*/false);
@@ -217,16 +217,16 @@ void test_accumulation() {
   }
 }
 
-Verdict decided(const Question& question, const NormSums& sums, double weight = 0.0) {
-  Verdict verdict;
-  verdict.weight = weight;
-  decide(question, sums, verdict);
+StepDecision decided(const DecisionInputs& inputs, const NormSums& sums, double weight = 0.0) {
+  StepDecision decision;
+  decision.weight = weight;
+  decide(inputs, sums, decision);
   ++checked;
-  return verdict;
+  return decision;
 }
 
 void test_decisions() {
-  Question clip;
+  DecisionInputs clip;
   clip.max_norm = 2.0;
   CHECK(decided(clip, {16.0, 0.0}).factor64 == 2.0 / (4.0 + 1e-6), "clipped");
   CHECK(decided(clip, {1.0, 0.0}).factor64 == 1.0, "not clipped");
@@ -242,17 +242,17 @@ void test_decisions() {
   CHECK(decided(clip, {1024.0, 0.0}).norm == 4.0, "the norm of what is unscaled");
   CHECK(decided(clip, {1024.0, 0.0}).factor64 == 0.125 * (2.0 / (4.0 + 1e-6)), "unscaled, clipped");
   float found = 0.0f;
-  Question scaled;
+  DecisionInputs scaled;
   scaled.found_inf = &found;
   CHECK(decided(scaled, {}).skip == 0, "nothing was found");
   found = 1.0f;
   CHECK(decided(scaled, {}).skip == 1, "somebody found one");
 
-  Question add;
+  DecisionInputs add;
   add.purpose = Purpose::kAccumulate;
   add.weight = 3.0;
   add.grad_scale = &scale;
-  Verdict after = decided(add, {}, 2.0);
+  StepDecision after = decided(add, {}, 2.0);
   CHECK(after.weight == 5.0 && after.in64 == 0.375 && after.take == 1, "a micro-batch of weight 3");
   add.check = 1;
   after = decided(add, {kInfinity, 0.0}, 2.0);
@@ -261,7 +261,7 @@ void test_decisions() {
   add.live_weight = &live;
   CHECK(decided(add, {}, 2.0).weight == 6.0, "a weight on the device");
 
-  Question close;
+  DecisionInputs close;
   close.purpose = Purpose::kClose;
   close.check = 1;
   after = decided(close, {100.0, 36.0}, 4.0);
@@ -285,5 +285,5 @@ int main() {
   test_decisions();
   test_norms();
   test_accumulation();
-  return check::finish("onepass_test", checked);
+  return check::finish("epilogue_test", checked);
 }

@@ -2,7 +2,7 @@
 // of the sums. One arithmetic for all drivers, torch-free, host and device.
 //
 // A step that clips, checks, accumulates or averages makes two launches over a table: the first sums
-// the squares of the gradients, the second updates. Between them stands a `Verdict`, a few numbers in
+// the squares of the gradients, the second updates. Between them stands a `StepDecision`, a few numbers in
 // the memory of the device, which `decide` fills from the sums and the second launch obeys. The
 // gradient that a rule sees is
 //
@@ -58,7 +58,7 @@ inline NormSums sum_blocks(const NormSums* blocks, int64_t count) {
 
 // Result of the norm pass, read by the update kernel. Lives as long as the optimizer: `weight` is that
 // of the accumulated micro-batches of the present window.
-struct Verdict {
+struct StepDecision {
   double weight = 0.0;  // of the micro-batches in the accumulators
   double norm = 0.0;    // of the gradient that the last update saw before it was clipped
   double factor64 = 1.0;
@@ -91,10 +91,10 @@ struct Verdict {
     return sizeof(T) == 8 ? T(ema_rest64) : T(ema_rest32);
   }
 };
-// What an update does beside its rule. Without a verdict gradients are taken as they are, there is
+// What an update does beside its rule. Without a decision gradients are taken as they are, there is
 // no accumulator and no average.
-struct Pass {
-  const Verdict* verdict = nullptr;
+struct Epilogue {
+  const StepDecision* decision = nullptr;
   int64_t zero_grads = 0;  // gradients are zero afterwards
 };
 
@@ -111,7 +111,7 @@ constexpr bool closes(Purpose purpose) {
 
 // What `decide` is told. Pointers are to memory of the device that decides, null where there is
 // nothing.
-struct Question {
+struct DecisionInputs {
   Purpose purpose = Purpose::kUpdate;
   int32_t check = 0;       // gradients whose sum is not finite are left out
   int32_t mean = 1;        // a window's gradient is divided by its weight
@@ -125,13 +125,13 @@ struct Question {
 FUSEDOPT_HD static bool is_finite(double x) { return x - x == 0.0; }
 
 // What gradients are multiplied by on their way to the accumulators.
-FUSEDOPT_HD static double weight_in(const Question& q) {
+FUSEDOPT_HD static double weight_in(const DecisionInputs& q) {
   const double weight = q.live_weight != nullptr ? *q.live_weight : q.weight;
   return q.grad_scale != nullptr ? weight / double(*q.grad_scale) : weight;
 }
 
-// Fills the verdict from the sums over all rows; those of a question without launches before it are 0.
-FUSEDOPT_HD static void decide(const Question& q, const NormSums& sums, Verdict& v) {
+// Fills the decision from the sums over all rows; those without a norm pass they are 0.
+FUSEDOPT_HD static void decide(const DecisionInputs& q, const NormSums& sums, StepDecision& v) {
   const bool found = q.found_inf != nullptr && *q.found_inf != 0.0f;
   const bool take = !found && (q.check == 0 || is_finite(sums.with));
   const double weight = q.live_weight != nullptr ? *q.live_weight : q.weight;

@@ -1,6 +1,6 @@
 """What a step does in the pass of its update: clip, check, average, accumulate, clear.
 
-An optimizer whose step does none of this has no `OnePass`, and its step is the update alone.
+An optimizer whose step does none of this has no `StepExtras`, and its step is the update alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ State = dict[Tensor, dict[str, Any]]
 ACCUMULATOR, AVERAGE, WINDOW = "accumulated_grad", "ema", "window"
 ENTRIES = (ACCUMULATOR, AVERAGE, WINDOW)
 
-# Places of a Verdict's fields in its memory; csrc/core/onepass.h.
+# Places of a StepDecision's fields in its memory; csrc/core/epilogue.h.
 _NORM32, _TAKE, _SKIP = (64, 68), (68, 72), (72, 76)
 
 
@@ -117,7 +117,7 @@ def check_weight(weight: object) -> None:
         )
 
 
-class OnePass:
+class StepExtras:
     """The options of an optimizer's step and the window that it is in.
 
     Attributes:
@@ -265,10 +265,10 @@ class OnePass:
     # ---- What the last step found out ---------------------------------------------------------
 
     def _found(self, field: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
-        """A field of every verdict, as a view of its memory."""
-        verdicts = self.core.verdicts
-        if field not in self._views or len(self._views[field]) != len(verdicts):
-            self._views[field] = [verdict[slice(*field)].view(dtype)[0] for verdict in verdicts]
+        """A field of every decision, as a view of its memory."""
+        decisions = self.core.decisions
+        if field not in self._views or len(self._views[field]) != len(decisions):
+            self._views[field] = [decision[slice(*field)].view(dtype)[0] for decision in decisions]
         return self._views[field]
 
     def grad_norm(self) -> Tensor | None:

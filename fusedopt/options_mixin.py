@@ -13,14 +13,14 @@ from torch import Tensor
 from fusedopt import distributed
 from fusedopt._extension import _C
 from fusedopt.framework_checks import check_no_framework_accumulates
-from fusedopt.onepass import ACCUMULATOR, OnePass, Options, check_weight, initializes
+from fusedopt.step_extras import ACCUMULATOR, Options, StepExtras, check_weight, initializes
 
 
-class WithOnePass(torch.optim.Optimizer):
+class StepOptionsMixin(torch.optim.Optimizer):
     """The part of `FusedOptimizer` that is about what a step does beside the update."""
 
     _options: Options
-    _onepass: OnePass | None  # None as long as a step is an update and nothing else
+    _extras: StepExtras | None  # None as long as a step is an update and nothing else
     _in_backward: Any  # what `step_in_backward` returned, None as long as steps are ordinary
     _swapped: bool
 
@@ -37,59 +37,59 @@ class WithOnePass(torch.optim.Optimizer):
     def _prepare(self, purpose: Any, *, keeps_state: bool = False) -> None:
         raise NotImplementedError
 
-    def _need_onepass(self) -> OnePass:
-        if self._onepass is None:
-            self._onepass = OnePass(self._options, distributed.add_up_shards)
-        return self._onepass
+    def _need_extras(self) -> StepExtras:
+        if self._extras is None:
+            self._extras = StepExtras(self._options, distributed.add_up_shards)
+        return self._extras
 
     # ---- Steps of a window -----------------------------------------------------------------------
 
     def _step_window(self, closure: Callable[[], Any] | None) -> None:
         """Takes a step, or counts a micro-batch; the closure is that of ``step()``."""
-        onepass = self._need_onepass()
+        extras = self._need_extras()
         steps = self._options.accumulation_steps
-        if (steps > 1) == (onepass.micro_batches == 0):  # once a window, of either kind
+        if (steps > 1) == (extras.micro_batches == 0):  # once a window, of either kind
             check_no_framework_accumulates(closure)
-        onepass.left_out_before = None
+        extras.left_out_before = None
         if steps == 1:
             # Gradients inside of accumulating() are this rank's alone, and never an update's.
-            flushes = onepass.micro_batches or onepass.group is not None
+            flushes = extras.micro_batches or extras.group is not None
             self._update(_C.Purpose.FLUSH if flushes else _C.Purpose.UPDATE)
         elif initializes(self.param_groups, self.state):
             self._prepare(_C.Purpose.ACCUMULATE)  # creates the state
-        elif not onepass.will_step:
+        elif not extras.will_step:
             self._accumulate(1.0)
-        elif onepass.group is not None:
+        elif extras.group is not None:
             self._accumulate(1.0)
-            left_out = onepass.left_out()
+            left_out = extras.left_out()
             self._update(_C.Purpose.FLUSH)
-            onepass.left_out_before, onepass.flushed = left_out, False
+            extras.left_out_before, extras.flushed = left_out, False
         else:
             self._update(_C.Purpose.CLOSE)
 
     def _accumulate(self, weight: float | Tensor) -> None:
-        onepass = self._need_onepass()
+        extras = self._need_extras()
         self._take(_C.Purpose.ACCUMULATE, weight)
-        onepass.flushed = False
-        onepass.count(weight)
+        extras.flushed = False
+        extras.count(weight)
 
     def _update(self, purpose: Any) -> None:
-        onepass = self._need_onepass()
-        if onepass.to_add_up and onepass.group is None:
+        extras = self._need_extras()
+        if extras.to_add_up and extras.group is None:
             raise RuntimeError(
                 "the window that was loaded has been accumulated inside of accumulating(), and its "
                 "sums are still to be added up over the ranks: finish it inside of accumulating(). "
                 "Nothing was changed"
             )
-        if onepass.group is not None:
+        if extras.group is not None:
             self._add_up_window()
-            onepass.group, onepass.to_add_up = None, False
+            extras.group, extras.to_add_up = None, False
         elif purpose == _C.Purpose.FLUSH:
-            onepass.check_weights(onepass.micro_batches, weighed=onepass.weighed)
+            extras.check_weights(extras.micro_batches, weighed=extras.weighed)
         self._take(purpose)
-        onepass.flushed = purpose == _C.Purpose.FLUSH
+        extras.flushed = purpose == _C.Purpose.FLUSH
         if purpose != _C.Purpose.UPDATE:
-            onepass.end_window()
+            extras.end_window()
 
     def _add_up_window(self) -> None:
         """Adds up the accumulators and weights of the window over the ranks.
@@ -98,8 +98,8 @@ class WithOnePass(torch.optim.Optimizer):
             Exception: a rank cannot step. All of them raise, none is left waiting, and nothing has
                 been changed.
         """
-        onepass = self._need_onepass()
-        core = onepass.core
+        extras = self._need_extras()
+        core = extras.core
         params = [param for group in self.param_groups for param in group["params"]]
         failure = None
         try:
@@ -107,9 +107,9 @@ class WithOnePass(torch.optim.Optimizer):
         except Exception as error:  # for the others to hear of
             failure = error
         accumulated = [float(p in self.state and core.has_accumulated(p)) for p in params]
-        window = [float(onepass.micro_batches), float(onepass.weighed), core.window_weight]
+        window = [float(extras.micro_batches), float(extras.weighed), core.window_weight]
         failed, micro_batches, weighed, weight, *accumulated = distributed.add_up_numbers(
-            [float(failure is not None), *window, *accumulated], params[0].device, onepass.group
+            [float(failure is not None), *window, *accumulated], params[0].device, extras.group
         )
         if failure is not None:
             raise failure
@@ -117,7 +117,7 @@ class WithOnePass(torch.optim.Optimizer):
             raise RuntimeError(
                 f"{failed:.0f} of the other ranks cannot step, and say why. Nothing was changed"
             )
-        onepass.check_weights(micro_batches, weighed=weighed > 0)
+        extras.check_weights(micro_batches, weighed=weighed > 0)
         members = [p for p, ranks in zip(params, accumulated, strict=True) if ranks]
         new = [p for p in members if ACCUMULATOR not in self.state.get(p, {})]
         for param in new:  # only other ranks have had gradients of it
@@ -127,7 +127,7 @@ class WithOnePass(torch.optim.Optimizer):
         for param in new:
             param.grad = None
         sums = [self.state[p][ACCUMULATOR] for p in members]
-        distributed.add_up_tensors(sums, onepass.group, mean=not core.options.mean)
+        distributed.add_up_tensors(sums, extras.group, mean=not core.options.mean)
         for param in members:
             core.remember(param, True, core.fresh(param))
         core.window_weight = weight
@@ -153,7 +153,7 @@ class WithOnePass(torch.optim.Optimizer):
         if windowed:
             purpose = _C.Purpose.CLOSE if closes else _C.Purpose.ACCUMULATE
         if windowed and closes and last:  # and accumulators that have got no further gradient
-            core, having = self._need_onepass().core, {id(param) for param in params}
+            core, having = self._need_extras().core, {id(param) for param in params}
             others = (p for group in self.param_groups for p in group["params"])
             left = [p for p in others if id(p) not in having and core.has_accumulated(p)]
             params = [*params, *left]
@@ -167,19 +167,19 @@ class WithOnePass(torch.optim.Optimizer):
 
     def _end_parts(self, *, closes: bool, began: bool) -> None:
         """Counts the micro-batch whose parts have come."""
-        onepass = self._need_onepass()
-        onepass.flushed = False
+        extras = self._need_extras()
+        extras.flushed = False
         if not began:  # one without gradients counts all the same
-            onepass.core.window_weight = 0.0 if closes else onepass.core.window_weight + 1.0
+            extras.core.window_weight = 0.0 if closes else extras.core.window_weight + 1.0
         if closes:
-            onepass.end_window()
+            extras.end_window()
         else:
-            onepass.count(1.0)
+            extras.count(1.0)
 
     def _drop_window(self) -> None:
         """Ends the window without an update, after a part of a step has failed."""
         if self._options.accumulation_steps > 1:
-            self._need_onepass().drop_window(self.state)
+            self._need_extras().drop_window(self.state)
 
     # ---- Accumulating --------------------------------------------------------------------------
 
@@ -230,41 +230,41 @@ class WithOnePass(torch.optim.Optimizer):
                 "accumulate() found no gradient: call it once after every backward(), before "
                 "zero_grad(); nothing was counted"
             )
-        onepass = self._need_onepass()
-        onepass.left_out_before = None
-        onepass.adopt(self._options, accumulates=True)
+        extras = self._need_extras()
+        extras.left_out_before = None
+        extras.adopt(self._options, accumulates=True)
         self._accumulate(weight)
 
     @contextmanager
     def _accumulating_over(self, group: Any) -> Iterator[None]:
         """Gradients are one rank's alone; their sums are added up over a process group's ranks."""
-        onepass = self._need_onepass()
-        if onepass.micro_batches and onepass.group is None and not onepass.to_add_up:
+        extras = self._need_extras()
+        if extras.micro_batches and extras.group is None and not extras.to_add_up:
             raise RuntimeError(
-                f"the window has {onepass.micro_batches} micro-batches that are summed up over the "
+                f"the window has {extras.micro_batches} micro-batches that are summed up over the "
                 "ranks already; enter accumulating() where a window begins"
             )
-        if onepass.group is not None and onepass.group is not group:
+        if extras.group is not None and extras.group is not group:
             raise RuntimeError(
                 "the window is one of another process group; models that share an optimizer must "
                 "share their process group, too"
             )
         # A rank without a micro-batch takes part all the same.
-        onepass.adopt(self._options, accumulates=True)
-        around = onepass.block
-        onepass.block = onepass.group = group
+        extras.adopt(self._options, accumulates=True)
+        around = extras.block
+        extras.block = extras.group = group
         try:
             yield
         finally:
-            onepass = self._need_onepass()  # load_state_dict() makes another one
-            onepass.block = around
-            if not onepass.micro_batches:
-                onepass.group = around
+            extras = self._need_extras()  # load_state_dict() makes another one
+            extras.block = around
+            if not extras.micro_batches:
+                extras.group = around
 
     @property
     def will_step(self) -> bool:
         """Whether the next `step` updates, instead of only counting a micro-batch."""
-        return self._onepass is None or self._onepass.will_step
+        return self._extras is None or self._extras.will_step
 
     @property
     def accumulation_steps(self) -> int:
@@ -273,7 +273,7 @@ class WithOnePass(torch.optim.Optimizer):
 
     @accumulation_steps.setter
     def accumulation_steps(self, steps: int) -> None:
-        micro_batches = self._onepass.micro_batches if self._onepass is not None else 0
+        micro_batches = self._extras.micro_batches if self._extras is not None else 0
         if micro_batches and steps != self._options.accumulation_steps:
             raise RuntimeError(
                 f"accumulation_steps={steps!r} in the middle of a window, which has "
@@ -294,9 +294,9 @@ class WithOnePass(torch.optim.Optimizer):
     def _set_options(self, **changes: Any) -> None:
         options = replace(self._options, **changes)  # raises before anything is changed
         self._options = options
-        if self._onepass is None and not options.needed:
+        if self._extras is None and not options.needed:
             return
-        self._need_onepass().adopt(options)
+        self._need_extras().adopt(options)
 
     # ---- What a step found out -----------------------------------------------------------------
 
@@ -308,12 +308,12 @@ class WithOnePass(torch.optim.Optimizer):
         which nothing waits for until it is read. None without ``max_grad_norm`` or
         ``skip_nonfinite``.
         """
-        return self._onepass.grad_norm() if self._onepass is not None else None
+        return self._extras.grad_norm() if self._extras is not None else None
 
     @property
     def step_was_skipped(self) -> Tensor:
         """Whether the last update did not take place, as a bool on the parameters' device."""
-        return self._onepass.was_skipped() if self._onepass is not None else torch.tensor(False)
+        return self._extras.was_skipped() if self._extras is not None else torch.tensor(False)
 
     # ---- Averaged parameters -------------------------------------------------------------------
 
