@@ -130,7 +130,7 @@ FUSEDOPT_HD static double weight_in(const DecisionInputs& q) {
   return q.grad_scale != nullptr ? weight / double(*q.grad_scale) : weight;
 }
 
-// Fills the decision from the sums over all rows; those without a norm pass they are 0.
+// Fills the decision from the sums over all rows; they are 0 without a norm pass.
 FUSEDOPT_HD static void decide(const DecisionInputs& q, const NormSums& sums, StepDecision& v) {
   const bool found = q.found_inf != nullptr && *q.found_inf != 0.0f;
   const bool take = !found && (q.check == 0 || is_finite(sums.with));
