@@ -556,15 +556,17 @@ def compiler() -> None:
         pytest.skip(f"no C++ compiler {CXX!r}; set CXX")
 
 
-def flags_of(test: str, source: str) -> list[str]:
+def flags_of(test: str, source: str, registry: tuple[str, ...] = SMALL) -> list[str]:
     """The flags of one of a test's sources."""
-    small = SMALL if test in DRIVERS else ()
-    return [*small, NOT_INLINED] if small and source.startswith("tests/") else [*small]
+    if test not in DRIVERS:
+        return []
+    return [*registry, NOT_INLINED] if source.startswith("tests/") else [*registry]
 
 
-def objects_of(test: str, without: str) -> list[Path]:
+def objects_of(test: str, without: str = "", registry: tuple[str, ...] = SMALL) -> list[Path]:
     """The unmutated objects of a test but one."""
-    return [object_of(ROOT / s, *flags_of(test, s)) for s in SOURCES[test] if s != without]
+    sources = [source for source in SOURCES[test] if source != without]
+    return [object_of(ROOT / source, *flags_of(test, source, registry)) for source in sources]
 
 
 def reported(*command: str | Path) -> tuple[int, str]:
@@ -602,7 +604,14 @@ def marks(test: str) -> list:
     "test", [pytest.param(t, marks=marks(t)) for t in SOURCES if t != "rule_test"]
 )
 def test_unmutated_passes(test: str) -> None:
-    check_passes(test, *reported(linked("", *objects_of(test, without=""))))
+    check_passes(test, *reported(linked("", *objects_of(test))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test", DRIVERS)
+def test_every_kernel_passes(test: str) -> None:
+    """All rules and storage tuples, which mutants and sanitizers leave out."""
+    check_passes(test, *reported(linked("", *objects_of(test, registry=()))))
 
 
 @pytest.mark.parametrize(
