@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,6 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt.bench import optimizers
-from fusedopt.bench.timing import Stats
 from fusedopt.bench.train import BATCH, MODELS, Digits, Run, train_in_lockstep
 
 EPOCHS, SHORT_EPOCHS = 30, 16
@@ -75,10 +75,10 @@ def race(example: Example, digits: Digits, epochs: int) -> None:
                       linestyle=DASHES[(hue + turn) % len(DASHES)],
                       label=f"{title} ({accuracy:.1f}% of test images right)")  # fmt: skip
         warm = run.step_seconds[len(run.step_seconds) // epochs :]
-        step = Stats.of(warm or run.step_seconds).scaled(1e6)
+        step = 1e6 * statistics.median(warm or run.step_seconds)
         settings = ", ".join(f"{key} {value}" for key, value in contestants()[title][1].items())
         rows.append((title, settings or "defaults", f"{losses[0]:.3f}", f"{losses[-1]:.4f}",
-                     f"{accuracy:.2f}", f"{step.median:.1f}"))  # fmt: skip
+                     f"{accuracy:.2f}", f"{step:.1f}"))  # fmt: skip
         example.claim(f"{title} learns: the loss ends below a quarter of guessing's, log 10",
                       losses[-1] < math.log(10) / 4, f"{losses[-1]:.4f}")  # fmt: skip
         example.claim(f"{title}: at least {RIGHT:.0f}% of test images right",
