@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = "gpu_check.jsonl"
 Part = dict[str, Any]
 # Tests that have a GPU's half.
-SUITES = ("device", "cuda", "extras", "accumulation", "in_backward", "in_backward_hooks",
+SUITES = ("device", "cuda", "step_options", "accumulation", "in_backward", "in_backward_hooks",
           "in_backward_windows", "pin_batch", "prefetcher", "tensor_loader")  # fmt: skip
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 MOST_PROCESSES = 12  # of tests: each has a CUDA context of half a gigabyte on the device
@@ -66,12 +66,17 @@ class Done:
     """How a command ended.
 
     Attributes:
-        failed: it returned something else than 0.
+        code: what it returned.
         output: what it printed.
     """
 
-    failed: bool
+    code: int
     output: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether it returned something else than 0."""
+        return self.code != 0
 
     def tail(self, lines: int = 30) -> str:
         """The end of what it printed."""
@@ -100,7 +105,7 @@ def run(command: list[str], limit: float, log: Path, **environment: str) -> Done
             process.wait()
             raise NotRunError(f"cut off after {limit:.0f} s") from None
         file.seek(begin)
-        return Done(process.returncode != 0, file.read())
+        return Done(process.returncode, file.read())
 
 
 class Check:
@@ -179,6 +184,8 @@ class Check:
             key: int(found.group(1)) if (found := re.search(rf'\b{key}="(\d+)"', text)) else None
             for key in ("tests", "failures", "errors", "skipped")
         }
+        if done.code == 5:  # pytest collected none
+            raise NotRunError("none of them is for this machine")
         if not done.failed and counts["tests"] == counts["skipped"]:
             raise NotRunError("all of them were skipped")
         failure = {"status": "failed", "reason": done.tail()} if done.failed else {}
