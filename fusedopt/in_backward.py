@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._C._dynamo import eval_frame as _eval_frame
 
 from fusedopt._extension import _C
-from fusedopt.backward_parts import Streams
+from fusedopt.backward_parts import Backwards, Streams, skip_tracing
 from fusedopt.framework_checks import check_no_framework_accumulates
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.routing import describe
@@ -100,7 +96,7 @@ def step_in_backward(optimizer: FusedOptimizer, *, bucket_bytes: int = _BUCKET_B
     return InBackward(optimizer, bucket_bytes)
 
 
-class InBackward:
+class InBackward(Backwards):
     """What `step_in_backward` returns: an optimizer's hooks on its parameters.
 
     The optimizer owns it, and hooks know it by weak references, so that a dropped model is freed
@@ -112,14 +108,9 @@ class InBackward:
         self._reference = weakref.ref(optimizer)
         self._hook = _Hook(self)
         self._hooked: dict[int, tuple[Tensor, RemovableHandle]] = {}
-        # Hooks of parameters on several devices run in as many threads.
-        self._lock = threading.RLock()
-        # Of the backwards that run now, the outermost and those inside of it, by torch's number:
-        # the callable that torch holds until it ends. One that dies has ended in an exception.
-        self._tasks: dict[int, weakref.ref[_Ending]] = {}
-        self._way_out: weakref.ref[_WayOut] | None = None
+        super().__init__()
         self._start_over()
-        self._check(optimizer)
+        optimizer._check_parts()
         _check_wrappers(optimizer)
         self.adopt()
         optimizer._in_backward = self
@@ -141,8 +132,8 @@ class InBackward:
         """
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError("remove() inside of a backward, whose step it would cut in two")
-        with self._lock:
-            self._abandon()
+        with self.lock:
+            self.abandon()
             for _, handle in self._hooked.values():
                 handle.remove()
             self._hooked.clear()
@@ -166,7 +157,7 @@ class InBackward:
 
     def adopt(self) -> None:
         """Puts hooks on the parameters that the optimizer has now, or raises and puts none."""
-        params = {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
+        params = {id(param): param for param in self.optimizer._params()}
         new = [param for key, param in params.items() if key not in self._hooked]
         new = [param for param in new if param.is_floating_point() or param.is_complex()]
         for param in new:
@@ -195,14 +186,6 @@ class InBackward:
         for key in self._hooked.keys() - params.keys():
             self._hooked.pop(key)[1].remove()
 
-    def adopt_group(self) -> None:
-        """The same for a param group that was added last; takes it out if that cannot be."""
-        try:
-            self.adopt()
-        except BaseException:
-            self.optimizer.param_groups.pop()
-            raise
-
     def took_step(self) -> bool:
         """Whether ``step()`` has nothing to do; otherwise gradients were set by hand.
 
@@ -214,7 +197,7 @@ class InBackward:
             optimizer.__dict__.pop("grad_scale", None)  # torch's would leave them there
             optimizer.__dict__.pop("found_inf", None)
             self.refuse_scaler()
-        if not any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
+        if all(param.grad is None for param in optimizer._params()):
             return True
         if optimizer.accumulation_steps > 1 and not initializes(
             optimizer.param_groups, optimizer.state
@@ -245,7 +228,7 @@ class InBackward:
 
     def collect(self, param: Tensor) -> None:
         """Takes note of a complete gradient, and steps when there are enough."""
-        with self._lock, self._or_abandon():
+        with self.lock, self.or_abandon():
             self.enter()
             grad = param.grad
             if grad is None or id(param) not in self._hooked:
@@ -259,66 +242,6 @@ class InBackward:
             if self._bytes >= self.bucket_bytes:
                 self._step()
 
-    def enter(self) -> None:
-        """Has torch call when the present backward ends."""
-        task = torch._C._current_graph_task_id()
-        if task in self._tasks:
-            return
-        if not self._tasks and self._on_the_way() is None:
-            self._begin()
-        ending = _Ending(self, task)
-        self._tasks[task] = weakref.ref(ending, lambda _: self._died(task))
-        torch.autograd.Variable._execution_engine.queue_callback(ending)
-
-    def end(self, ending: _Ending) -> None:
-        """Ends a backward, unless it runs inside of another one."""
-        with self._lock, self._or_abandon():
-            known = self._tasks.get(ending.task)
-            if known is None or known() is not ending:  # of one that was abandoned
-                return
-            del self._tasks[ending.task]
-            if self._tasks:
-                return  # of the ones around it, which will end later
-            # A node is being evaluated still if it is in its backward that this one runs.
-            node = torch._C._current_autograd_node()
-            nodes = [after for after, _ in node.next_functions if after is not None] if node else []
-            if not nodes:
-                self._finish()
-            else:
-                self._forget_way_out()  # a backward that failed may have left one
-                way_out = _WayOut(self, nodes)
-                self._way_out = weakref.ref(way_out, lambda _: self._died(-1))
-
-    def leave(self) -> None:
-        """Has the backward call that is around one that has ended."""
-        with self._lock, self._or_abandon():
-            self.enter()
-            self._forget_way_out()
-
-    def _on_the_way(self) -> _WayOut | None:
-        return self._way_out() if self._way_out is not None else None
-
-    def _forget_way_out(self) -> None:
-        way_out = self._on_the_way()
-        self._way_out = None  # first: what dies then tells nobody
-        if way_out is not None:
-            way_out.remove()
-
-    @contextmanager
-    def _or_abandon(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._abandon()
-            raise
-
-    def _died(self, task: int) -> None:
-        """A backward has ended in an exception."""
-        with self._lock:
-            self._tasks.pop(task, None)
-            if not self._tasks and self._on_the_way() is None:
-                self._abandon()
-
     # ---- The step --------------------------------------------------------------------------------
 
     def _start_over(self) -> None:
@@ -327,27 +250,26 @@ class InBackward:
         self._bytes = 0
         self._began = self._closes = False
         self._streams = Streams()
-        self._tasks.clear()
-        self._forget_way_out()
+        self.forget()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:  # noqa: D102 - `Backwards` has it
         optimizer = self.optimizer
         self._start_over()
-        self._check(optimizer)
+        optimizer._check_parts()
         _check_wrappers(optimizer)  # DistributedDataParallel may have come after us
         self.adopt()
         if optimizer.accumulation_steps > 1:
             check_no_framework_accumulates()
             self._closes = optimizer.will_step
 
-    def _finish(self) -> None:
+    def finish(self) -> None:  # noqa: D102
         optimizer = self.optimizer
         self._step(last=True)
         # Learning rate schedulers warn where nobody has stepped. What was done was a step.
         optimizer._opt_called = True  # type: ignore[attr-defined]
         self._start_over()
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Drops what a backward has left that did not end."""
         for param in self._pending.values():
             param.grad = None
@@ -363,8 +285,7 @@ class InBackward:
         optimizer = self.optimizer
         params = list(self._pending.values())
         if last:  # gradients from before the backward, too
-            groups = optimizer.param_groups
-            params = [p for group in groups for p in group["params"] if p.grad is not None]
+            params = [param for param in optimizer._params() if param.grad is not None]
         with self._streams.joined([param.grad for param in params], last=last):
             self._began = optimizer._step_part(
                 params, closes=self._closes, began=self._began, last=last
@@ -373,38 +294,6 @@ class InBackward:
         self._pending, self._bytes = {}, 0
 
     # ---- Errors ----------------------------------------------------------------------------------
-
-    def _check(self, optimizer: FusedOptimizer) -> None:
-        """Raises unless the optimizer's options can be had in parts."""
-        options, extras = optimizer._options, optimizer._extras
-        for name in ("max_grad_norm", "skip_nonfinite"):
-            value = getattr(options, name)
-            if value is not None and value is not False:
-                raise ValueError(
-                    f"{name}={value!r} cannot be had under step_in_backward(): it "
-                    "looks at all gradients before the first update, and these are used and freed "
-                    "one after the other; leave out one of the two"
-                )
-        if options.zero_grads:
-            raise ValueError(
-                "zero_grads=True keeps gradients in memory as zeros, and step_in_backward() frees "
-                "them; leave out one of the two"
-            )
-        if extras is not None and extras.core.options.measures:
-            raise RuntimeError(
-                "a GradScaler has stepped this optimizer, which looks at all gradients since; "
-                "construct a new one for step_in_backward(), and load this one's state_dict()"
-            )
-        if extras is not None and extras.micro_batches and options.accumulation_steps == 1:
-            raise RuntimeError(
-                f"accumulate() has begun a window of {extras.micro_batches} micro-batches; call "
-                "step() before step_in_backward()"
-            )
-        if extras is not None and (extras.group is not None or extras.to_add_up):
-            raise RuntimeError(
-                "the window of micro-batches is one of accumulating(), whose sums are still to be "
-                "added up over the ranks; finish it there before step_in_backward()"
-            )
 
     def _came_twice(self, param: Tensor) -> RuntimeError:
         for number, group in enumerate(self.optimizer.param_groups):
@@ -437,42 +326,7 @@ class _Hook:
         owner.collect(param)
 
 
-class _Ending:
-    """What torch calls at the end of a backward, and drops where there is none."""
-
-    def __init__(self, owner: InBackward, task: int) -> None:
-        self._owner = owner
-        self.task = task
-
-    def __call__(self) -> None:
-        self._owner.end(self)
-
-
-class _WayOut:
-    """From a backward that has ended to the one around it, which evaluates these nodes next."""
-
-    def __init__(self, owner: InBackward, nodes: list[Any]) -> None:
-        self._owner = weakref.ref(owner)
-        self._handles = [node.register_prehook(self) for node in nodes]
-
-    def __call__(self, _: object) -> None:
-        owner = self._owner()
-        if owner is not None:
-            owner.leave()
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-# Under torch.compile, these are called as they are; see `FusedOptimizer.step`.
-for _called in (_Hook.__call__, _Ending.__call__, _WayOut.__call__):
-    _eval_frame.set_code_exec_strategy(
-        _called.__code__,
-        _eval_frame._FrameExecStrategy(
-            _eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.SKIP
-        ),
-    )
+skip_tracing(_Hook.__call__)
 
 
 def _gone() -> RuntimeError:
@@ -491,7 +345,7 @@ def _bytes_of(grad: Tensor) -> int:
 
 def _check_wrappers(optimizer: FusedOptimizer) -> None:
     """Raises if a gradient is added up over the ranks after our hooks."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = optimizer._params()
     if any(map(_C.has_reducer, params)):  # perhaps one that is garbage
         gc.collect()
     for param in params:

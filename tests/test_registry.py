@@ -33,7 +33,15 @@ SHARED = {  # modules of no rule
         "in_backward",
         "loading",
     ),
-    *("step_extras", "optimizer", "packing", "routing", "options_mixin"),
+    *(
+        "step_extras",
+        "optimizer",
+        "packing",
+        "routing",
+        "options_mixin",
+        "accumulation",
+        "planned_steps",
+    ),
 }
 SHARED_KERNELS = {"launcher", "layout", "math", "multi_tensor", "norm"}
 # What must not know a rule by name, and would have to change with every rule if it did: all sources

@@ -1,0 +1,274 @@
+"""Steps of an optimizer through a plan, which is made anew where it no longer fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fusedopt._extension import _C
+from fusedopt.amp import unscale_
+from fusedopt.backends import BACKENDS, Backend, backend_for
+from fusedopt.packing import NewState, Packed, torch_step
+from fusedopt.routing import Member, Route, Sorted, Wanted, describe, routes, sort
+from fusedopt.step_extras import ENTRIES, WINDOW, Options, StepExtras
+
+_UPDATE = _C.Purpose.UPDATE
+# Of gradients that count fully in their window, for each purpose.
+_REQUESTS = {p: _C.StepRequest(p) for p in _C.Purpose.__members__.values()}
+
+
+class PlannedSteps(torch.optim.Optimizer):
+    """The part of `FusedOptimizer` that makes plans and takes steps with them."""
+
+    _rule: ClassVar[str]
+    _has_step: ClassVar[bool]
+    _all_state_names: ClassVar[set[str]]
+    _torch_class: ClassVar[type[torch.optim.Optimizer]]
+
+    backend: str
+    state_dtype: torch.dtype | None
+    _options: Options
+    _extras: StepExtras | None  # None as long as a step is an update and nothing else
+    _packed: Packed | None
+    _captured: Any
+    _first_flags: dict[Tensor, Tensor]
+    _reported_torch: bool
+
+    def _take(
+        self,
+        purpose: Any = _UPDATE,
+        weight: float | Tensor = 1.0,
+        *,
+        named: Sequence[Tensor] | None = None,
+        follows: bool = False,
+    ) -> None:
+        """Takes a step, with a new plan where the present one no longer fits.
+
+        Args:
+            purpose: What the gradients are for.
+            weight: That of the gradients in their window.
+            named: The parameters that take part; None for all.
+            follows: The step is a further part of the last one, whose decision it obeys.
+        """
+        own, packed, extras = self.__dict__, self._packed, self._extras
+        scaled = "grad_scale" in own or "found_inf" in own
+        if (
+            packed is not None
+            and type(weight) is float
+            and weight == 1.0
+            and packed.memory is (None if extras is None else extras.core)
+            and not (scaled or packed.torch_params or follows or named is not None)
+        ):  # nothing is asked for but what the plan knows
+            request = None if purpose is _UPDATE else _REQUESTS[purpose]
+            outcome = packed.step(self.param_groups, self.state, request)
+            if outcome is True:
+                return
+            if outcome is False:
+                if purpose is _UPDATE:
+                    packed.undo()
+                return
+
+        def step(packed: Packed) -> bool | str:
+            in_kernels = extras is not None or packed.on_device
+            scaler = (own.get("grad_scale"), own.get("found_inf")) if in_kernels else (None, None)
+            request = _C.StepRequest(purpose, weight, *scaler, follows)
+            unscales = scaled and not in_kernels and packed.rows > 0
+            if packed.torch_params or unscales:
+                members = packed.torch_params
+                if named is not None:
+                    ids = {id(param) for param in named}
+                    members = [member for member in members if id(member.param) in ids]
+                request.before = lambda: self._before(members, unscales, packed.rows > 0)
+            return packed.step(self.param_groups, self.state, request, named)
+
+        took_place = self._with_plan(step, named)
+        if not took_place and purpose == _UPDATE and self._packed is not None:
+            self._packed.undo()
+
+    def _before(self, members: Sequence[Member], unscales: bool, unscaled: bool) -> bool:
+        """What a step does on the host between the plan's walk and the kernels' launches.
+
+        Args:
+            members: The parameters that torch steps.
+            unscales: Gradients are unscaled here, unless one was found that is not finite.
+            unscaled: Torch's step has nothing to do with GradScaler.
+
+        Returns:
+            Whether the step takes place.
+        """
+        if unscales:
+            found_inf, grad_scale = (self.__dict__.get(n) for n in ("found_inf", "grad_scale"))
+            if found_inf is not None and found_inf.item() != 0:
+                return False
+            if grad_scale is not None:
+                unscale_(self._params(), grad_scale)
+        if members:
+            torch_step(self, self._torch_class, members, amp=not unscaled)
+        return True
+
+    def _with_plan(
+        self, call: Callable[[Packed], bool | str | None], named: Sequence[Tensor] | None = None
+    ) -> bool | str | None:
+        """What ``call`` makes of the plan; of a new one, if it says why the plan does not fit."""
+        packed, memory = self._packed, self._extras.core if self._extras is not None else None
+        outcome: bool | str | None = "there is none"
+        try:
+            if packed is not None and packed.memory is memory:
+                outcome = packed.why_rerouted(self.param_groups, self._backend_of) or call(packed)
+            if isinstance(outcome, str):
+                self._packed = packed = None  # one that no longer fits must not survive a failure
+                packed = self._pack(named)
+                outcome = call(packed)
+                if outcome == _C.UNSEEN_GRADIENT:
+                    raise RuntimeError(
+                        "step() after accumulate() found gradients that accumulate() was not "
+                        "given: call it after every backward(), or zero_grad() if they are not "
+                        "wanted. Nothing was changed"
+                    )
+                if isinstance(outcome, str):
+                    raise RuntimeError(f"the step cannot be prepared: {outcome}")
+                self._packed = packed
+        except BaseException:
+            if packed is not None:
+                packed.undo()
+            raise
+        return outcome
+
+    def _prepare(self, purpose: Any, *, keeps_state: bool = False) -> None:
+        """Makes a plan, and the state, that such a step will need; raises where it could not be.
+
+        Unless it ``keeps_state``, that is undone should the step fail.
+        """
+        request = _C.StepRequest(purpose)
+        self._with_plan(lambda packed: packed.why_not(self.param_groups, self.state, request))
+        if keeps_state and self._packed is not None:
+            self._packed.keep()
+
+    def _pack(self, named: Sequence[Tensor] | None) -> Packed:
+        """A new plan, and the state that it needs.
+
+        Raises:
+            ValueError: more was asked for than torch.optim can do for a parameter it must step.
+        """
+        extras, members = self._extras, self._sort()
+        for member in members.torch:
+            self._check_torch(member)
+
+        def initial(param: Tensor, name: str) -> Tensor:
+            if extras is not None and name in ENTRIES:
+                return extras.initial(param, name)
+            return self._initial_state(param, name)
+
+        new = NewState(
+            self._state_names,
+            extras.entries() if extras is not None else [],
+            initial,
+            self._has_step,
+            extras is not None and extras.core.options.may_skip,
+        )
+        packed = Packed(
+            self._rule,
+            self.param_groups,
+            self.state,
+            members,
+            new,
+            self._first_flags,
+            self._captured,
+            extras.core if extras is not None else None,
+            named,
+        )
+        if not self._reported_torch:
+            self._reported_torch = packed.report(type(self).__name__, len(self._params()))
+        return packed
+
+    def _check_torch(self, member: Member) -> None:
+        """Raises for a parameter that torch.optim must step, and that more was asked for."""
+        group = self.param_groups[member.group]
+        who = f"{describe(group, member.index)} of param group {member.group}"
+        if self._extras is not None:
+            asked = ", ".join(self._options.asked) or "accumulate()"
+        elif self.backend != "auto":
+            raise ValueError(
+                f"backend={self.backend!r} cannot update {who}: {member.reason}; use "
+                "backend='auto', which leaves it to torch.optim"
+            )
+        elif self._dtype_of_states(member.param) != member.param.dtype:
+            asked = f"state_dtype={self.state_dtype}"
+        else:
+            return
+        raise ValueError(
+            f"{asked} cannot be had for {who}, which torch.optim must step: {member.reason}; leave "
+            "it out, or give that parameter an optimizer of its own"
+        )
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _state_names(self, group: dict[str, Any]) -> list[str]:
+        return _C.state_names(self._rule, group)
+
+    def _dtype_of_states(self, param: Tensor) -> torch.dtype:
+        return self.state_dtype if self.state_dtype and param.itemsize == 2 else param.dtype
+
+    def _initial_state(self, param: Tensor, name: str) -> Tensor:
+        dtype = self._dtype_of_states(param)
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    def _backend_of(self, param: Tensor) -> Backend | None:
+        """The backend whose kernels may update ``param``, None if its device has none."""
+        if self.backend == "auto":
+            return backend_for(param.device.type)
+        backend = BACKENDS[self.backend]
+        return backend if param.device.type in backend.device_types else None
+
+    def _sort(self) -> Sorted:
+        """The parameters by who updates them now."""
+        entries = self._extras.entries() if self._extras is not None else []
+        wanted = Wanted(
+            self._state_names,
+            self._dtype_of_states,
+            [name for name in entries if name != WINDOW],
+            [*["step"] * self._has_step, *[name for name in entries if name == WINDOW]],
+        )
+        return sort(self.param_groups, self.state, self._backend_of, wanted)
+
+    def refresh_hyperparameters(self) -> int:
+        """Gives the numbers in ``param_groups`` to the CUDA graphs that captured this step.
+
+        A replay uses the lr, betas and weight decay that it was captured with, unless they are
+        device tensors, which are read at every replay. After a plain number in ``param_groups``
+        changed, call this before the next replay, on the stream of the replays: it waits for
+        nothing. Outside of graphs every step reads ``param_groups`` anyway.
+
+        Returns:
+            The number of captured tables that were refreshed, 0 without a graph.
+
+        Raises:
+            RuntimeError: a flag was changed that replays cannot follow (amsgrad, nesterov, ...).
+
+        Example:
+            >>> import torch, fusedopt
+            >>> optimizer = fusedopt.AdamW([torch.nn.Parameter(torch.ones(3))], lr=1e-3)
+            >>> optimizer.param_groups[0]["lr"] = 5e-4
+            >>> optimizer.refresh_hyperparameters()  # nothing was captured
+            0
+        """
+        return self._captured.refresh(self._rule, self.param_groups)
+
+    def routes(self) -> list[Route]:
+        """Where each parameter is updated, judged by its present gradient.
+
+        Returns:
+            One `Route` a parameter, in the order of the groups.
+
+        Example:
+            >>> import torch, fusedopt
+            >>> weight = torch.nn.Parameter(torch.ones(3))
+            >>> optimizer = fusedopt.SGD([weight], lr=0.1)
+            >>> optimizer.routes()[0].backend
+            'cpu'
+        """
+        return routes(self.param_groups, self._sort())
