@@ -14,6 +14,7 @@ from fusedopt._extension import _C
 from fusedopt.framework_checks import check_no_framework_accumulates
 from fusedopt.options_mixin import StepOptionsMixin
 from fusedopt.step_extras import ACCUMULATOR, check_weight, initializes
+from fusedopt.wrappers import on_the_optimizer
 
 
 class AccumulationMixin(StepOptionsMixin):
@@ -22,12 +23,14 @@ class AccumulationMixin(StepOptionsMixin):
     _in_backward: Any  # what `step_in_backward` returned, None as long as steps are ordinary
 
     @property
+    @on_the_optimizer
     def will_step(self) -> bool:
         """Whether the next `step` updates, instead of only counting a micro-batch."""
         return self._extras is None or self._extras.will_step
 
     # ---- Accumulating --------------------------------------------------------------------------
 
+    @on_the_optimizer
     def accumulate(self, weight: float | Tensor = 1.0) -> None:
         """Adds the gradients to those of the present window, and frees them.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusedopt.optimizer import FusedOptimizer
+from fusedopt.optimizer import FusedOptimizer, fused_optimizer
 
 
 @contextmanager
@@ -49,7 +49,6 @@ def accumulating(model: Any, optimizer: FusedOptimizer) -> Iterator[None]:
             f"model is a {type(model).__name__}; accumulating() is for DistributedDataParallel, "
             "whose backward would communicate. Other models need nothing around their window"
         )
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}, wanted a fusedopt optimizer")
+    optimizer = fused_optimizer(optimizer, "accumulating()")
     with optimizer._accumulating_over(model.process_group), model.no_sync():
         yield

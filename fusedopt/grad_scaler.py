@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from fusedopt.optimizer import FusedOptimizer
+from fusedopt.optimizer import FusedOptimizer, fused_optimizer
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -54,17 +54,14 @@ class GradScaler(torch.amp.GradScaler):
 
         A micro-batch with a gradient that is not finite is left out, and its weight not counted.
         """
-        if not isinstance(optimizer, FusedOptimizer):
-            raise TypeError(
-                f"optimizer is a {type(optimizer).__name__}; accumulate() needs a fusedopt "
-                "optimizer, whose accumulators it adds to"
-            )
+        fused_optimizer(optimizer, "accumulate()")
         if not self._enabled:
             return optimizer.accumulate(weight)
         return self._hand_over(optimizer, lambda: optimizer.accumulate(weight))
 
     def _hand_over(self, optimizer: FusedOptimizer, call: Any) -> None:
         """Calls with the scale at hand, and remembers what was found."""
+        given, optimizer = optimizer, fused_optimizer(optimizer, "step()")
         if optimizer._in_backward is not None:
             optimizer._in_backward.refuse_scaler()
         self._check_scale_growth_tracker("step")
@@ -78,7 +75,7 @@ class GradScaler(torch.amp.GradScaler):
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         if extras.flushed:
             return  # of accumulators alone, whose micro-batches have been asked about
-        found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        found = self._per_optimizer_states[id(given)]["found_inf_per_device"]
         for found_inf in extras.left_out():
             before = found.get(found_inf.device)
             both = found_inf if before is None else torch.maximum(before, found_inf)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusedopt._extension import _C
 from fusedopt.backward_parts import Backwards, Streams, skip_tracing
 from fusedopt.framework_checks import check_no_framework_accumulates
-from fusedopt.optimizer import FusedOptimizer
+from fusedopt.optimizer import FusedOptimizer, fused_optimizer
 from fusedopt.routing import describe
 from fusedopt.step_extras import initializes
 
@@ -78,11 +78,7 @@ def step_in_backward(optimizer: FusedOptimizer, *, bucket_bytes: int = _BUCKET_B
         >>> model.weight.item(), model.weight.grad
         (-0.5, None)
     """
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}; step_in_backward() needs a fusedopt "
-            "optimizer, whose steps can be taken in parts"
-        )
+    optimizer = fused_optimizer(optimizer, "step_in_backward()")
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
         raise ValueError(
             f"bucket_bytes={bucket_bytes!r} must be a whole number, 1 or larger: the bytes of "

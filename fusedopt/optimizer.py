@@ -28,6 +28,7 @@ from fusedopt.step_extras import (
     StepExtras,
     arithmetic_dtype,
 )
+from fusedopt.wrappers import on_the_optimizer
 
 
 class FusedOptimizer(AccumulationMixin):
@@ -140,6 +141,7 @@ class FusedOptimizer(AccumulationMixin):
 
     def _forget(self) -> None:
         """Starts without a plan and without what plans leave behind."""
+        self._stand_alone()
         self._packed = None
         self._captured = _C.CapturedTables()
         # By parameter of a rule without step counts: an int32 on the device that is 1 until a step
@@ -162,6 +164,8 @@ class FusedOptimizer(AccumulationMixin):
         Returns:
             What ``closure`` returned, None without one.
         """
+        if self._me() is not self:
+            return self._step_of_wrapper(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -174,6 +178,20 @@ class FusedOptimizer(AccumulationMixin):
             self._check_not_swapped()
             self._step_window(closure)
         return loss
+
+    def _step_of_wrapper(self, closure: Callable[[], Any] | None) -> Any:
+        """The step of the optimizer, with what GradScaler has set on the wrapper."""
+        own = self._own()
+        scaler = {
+            n: self.__dict__.pop(n) for n in ("grad_scale", "found_inf") if n in self.__dict__
+        }
+        own.__dict__.update(scaler)
+        try:
+            return own._step(closure)
+        finally:
+            for name in scaler:
+                own.__dict__.pop(name, None)
+                self.__dict__[name] = scaler[name]  # GradScaler deletes them
 
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
 
@@ -188,13 +206,13 @@ class FusedOptimizer(AccumulationMixin):
         # torch wraps every step in its hooks and a profiler range. That costs as much as walking
         # some hundred tensors, so it is done only where someone listens - and not around a user's
         # override of this method, which torch has wrapped already.
-        if type(self).step is FusedOptimizer.step and (
+        if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or _C.profiled()
-        ):
+        ) and type(self).step is FusedOptimizer.step:
             return self._hooked_step(*args, **kwargs)
         return self._step(*args, **kwargs)
 
@@ -209,6 +227,7 @@ class FusedOptimizer(AccumulationMixin):
     )
     skip_tracing(step)
 
+    @on_the_optimizer
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a parameter that a named backend cannot update raises and adds nothing."""
         super().add_param_group(param_group)
@@ -223,6 +242,7 @@ class FusedOptimizer(AccumulationMixin):
             self.param_groups.pop()
             raise
 
+    @on_the_optimizer
     def state_dict(self) -> dict[str, Any]:
         """As torch's. State of parameters whose every step GradScaler skipped is left out."""
         self._settle()
@@ -250,6 +270,8 @@ class FusedOptimizer(AccumulationMixin):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but all or nothing; states take the dtype that ``state_dtype`` declares."""
+        if self._own() is not self and self._copied_from is None:
+            return self._own().load_state_dict(state_dict)
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
@@ -281,6 +303,7 @@ class FusedOptimizer(AccumulationMixin):
         self._packed = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+        return None
 
     def _declared(self, param: Tensor, name: str) -> tuple[torch.device, torch.dtype] | None:
         """Where an entry of the state is to be, and in which dtype; None where torch decides."""
@@ -305,8 +328,33 @@ class FusedOptimizer(AccumulationMixin):
         ours = {"backend": self.backend, "state_dtype": self.state_dtype, "_options": self._options}
         return {**super().__getstate__(), **ours}
 
+    def __copy__(self) -> Any:
+        """As torch's, which shares groups and state. So does what steps are asked for."""
+        new = object.__new__(type(self))
+        if self._own() is not self:  # of a wrapper, another wrapper
+            new.__dict__.update(self.__dict__)
+        else:
+            new.__setstate__(self.__getstate__())
+            new._me, new._copied_from = self._me, self
+        return new
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_options" in state:  # of a copy or a pickle, and not what torch loads
             self._forget()
             self._restore_window()
+
+
+def fused_optimizer(optimizer: Any, caller: str) -> FusedOptimizer:
+    """The optimizer that a function of ours was given, itself or in a wrapper.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(optimizer, FusedOptimizer):
+        return optimizer._own()
+    inside = isinstance(getattr(optimizer, "optimizer", None), FusedOptimizer)
+    raise TypeError(
+        f"optimizer is a {type(optimizer).__name__}; {caller} needs a fusedopt optimizer"
+        + ", which is its attribute .optimizer" * inside
+    )

@@ -13,6 +13,7 @@ from torch import Tensor
 from fusedopt import distributed
 from fusedopt.planned_steps import PlannedSteps
 from fusedopt.step_extras import StepExtras
+from fusedopt.wrappers import on_the_optimizer
 
 
 class _Option:
@@ -25,10 +26,10 @@ class _Option:
         self._name = name
 
     def __get__(self, optimizer: StepOptionsMixin | None, owner: type) -> Any:
-        return self if optimizer is None else getattr(optimizer._options, self._name)
+        return self if optimizer is None else getattr(optimizer._own()._options, self._name)
 
     def __set__(self, optimizer: StepOptionsMixin, value: Any) -> None:
-        optimizer._set_options(**{self._name: value})
+        optimizer._own()._set_options(**{self._name: value})
 
 
 class StepOptionsMixin(PlannedSteps):
@@ -61,6 +62,7 @@ class StepOptionsMixin(PlannedSteps):
     # ---- What a step found out -----------------------------------------------------------------
 
     @property
+    @on_the_optimizer
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients that the last update saw, before it was clipped.
 
@@ -71,12 +73,14 @@ class StepOptionsMixin(PlannedSteps):
         return self._extras.grad_norm() if self._extras is not None else None
 
     @property
+    @on_the_optimizer
     def step_was_skipped(self) -> Tensor:
         """Whether the last update did not take place, as a bool on the parameters' device."""
         return self._extras.was_skipped() if self._extras is not None else torch.tensor(False)
 
     # ---- Averaged parameters -------------------------------------------------------------------
 
+    @on_the_optimizer
     @contextmanager
     def swap_ema(self) -> Iterator[None]:
         """Puts the averages in place of the parameters for the time of a ``with`` block.

@@ -190,7 +190,7 @@ class Packed:
                 return "a parameter received its first gradient"
             request.rows = [self._row_of[id(p)] for p in named if id(p) not in torchs]
         outcome = self.plan.step(groups, state, request)
-        if outcome is True:
+        if outcome is True and self._created:
             self._created.clear()
         return outcome
 

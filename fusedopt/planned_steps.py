@@ -14,13 +14,14 @@ from fusedopt.backends import BACKENDS, Backend, backend_for
 from fusedopt.packing import NewState, Packed, torch_step
 from fusedopt.routing import Member, Route, Sorted, Wanted, describe, routes, sort
 from fusedopt.step_extras import ENTRIES, WINDOW, Options, StepExtras
+from fusedopt.wrappers import Wrappable, on_the_optimizer
 
 _UPDATE = _C.Purpose.UPDATE
 # Of gradients that count fully in their window, for each purpose.
 _REQUESTS = {p: _C.StepRequest(p) for p in _C.Purpose.__members__.values()}
 
 
-class PlannedSteps(torch.optim.Optimizer):
+class PlannedSteps(Wrappable):
     """The part of `FusedOptimizer` that makes plans and takes steps with them."""
 
     _rule: ClassVar[str]
@@ -235,6 +236,7 @@ class PlannedSteps(torch.optim.Optimizer):
         )
         return sort(self.param_groups, self.state, self._backend_of, wanted)
 
+    @on_the_optimizer
     def refresh_hyperparameters(self) -> int:
         """Gives the numbers in ``param_groups`` to the CUDA graphs that captured this step.
 
@@ -258,6 +260,7 @@ class PlannedSteps(torch.optim.Optimizer):
         """
         return self._captured.refresh(self._rule, self.param_groups)
 
+    @on_the_optimizer
     def routes(self) -> list[Route]:
         """Where each parameter is updated, judged by its present gradient.
 

@@ -41,6 +41,7 @@ SHARED = {  # modules of no rule
         "options_mixin",
         "accumulation",
         "planned_steps",
+        "wrappers",
     ),
 }
 SHARED_KERNELS = {"launcher", "layout", "math", "multi_tensor", "norm"}
