@@ -168,6 +168,7 @@ class AccumulationMixin(StepOptionsMixin):
         extras = self._need_extras()
         core = extras.core
         params = self._params()
+        device = next((p for p in params if p.requires_grad), params[0]).device
         failure = None
         try:
             self._prepare(_C.Purpose.FLUSH)
@@ -176,7 +177,7 @@ class AccumulationMixin(StepOptionsMixin):
         accumulated = [float(p in self.state and core.has_accumulated(p)) for p in params]
         window = [float(extras.micro_batches), float(extras.weighed), core.window_weight]
         failed, micro_batches, weighed, weight, *accumulated = distributed.add_up_numbers(
-            [float(failure is not None), *window, *accumulated], params[0].device, extras.group
+            [float(failure is not None), *window, *accumulated], device, extras.group
         )
         if failure is not None:
             raise failure

@@ -229,12 +229,13 @@ class FusedOptimizer(AccumulationMixin):
 
     @on_the_optimizer
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; a parameter that a named backend cannot update raises and adds nothing."""
+        """As torch's; raises for one to train that a named backend cannot update, and adds none."""
         super().add_param_group(param_group)
         number, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
             for index, param in enumerate(group["params"]) if self.backend != "auto" else ():
-                if reason := why_torch(group, param, self._backend_of(param)):
+                reason = why_torch(group, param, self._backend_of(param))
+                if reason and (param.requires_grad or param.grad is not None):
                     self._check_torch(Member(number, index, param, None, reason))
             if self._in_backward is not None:
                 self._in_backward.adopt()

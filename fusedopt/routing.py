@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fusedopt._extension import _C
 from fusedopt.backends import Backend
+from fusedopt.step_extras import ACCUMULATOR
 
 Group = dict[str, Any]
 
@@ -126,7 +127,7 @@ class Sorted(NamedTuple):
     Attributes:
         fused: Those that kernels update.
         torch: Those that torch.optim steps.
-        waiting: Those that kernels will update once they have a gradient.
+        waiting: Those that nobody updates until they have a gradient, by which they are judged.
     """
 
     fused: list[Member]
@@ -169,8 +170,8 @@ def sort(
     """Sorts parameters by who updates them now, judged by their gradients and states.
 
     A parameter without a gradient is updated, by whatever its state has left to do, or waits if
-    part of its state is missing. Parameters that are listed more than once, or share memory, are
-    torch.optim's, which steps them one after the other.
+    part of its state is missing, or kernels could not update it. Parameters that are listed more
+    than once, or share memory, are torch.optim's, which steps them one after the other.
     """
     sorted_ = Sorted([], [], [])
     written = []  # by member of `fused`
@@ -193,9 +194,11 @@ def sort(
             creates = not complete and param.grad is not None
             if not reason and creates and torch.is_inference_mode_enabled():
                 reason = "a state would be created in inference mode"
-            if reason:
-                member.reason = reason
+            member.reason = reason
+            if reason and (param.grad is not None or state.get(ACCUMULATOR) is not None):
                 sorted_.torch.append(member)
+            elif reason:
+                sorted_.waiting.append(member)
             elif complete or creates:
                 sorted_.fused.append(member)
                 written.append([param, *(t for t in found[:shaped] if t is not None)])

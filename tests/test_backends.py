@@ -73,8 +73,8 @@ def test_every_reason_why_there_is_no_cuda(monkeypatch):
 @pytest.mark.parametrize(
     ("param", "reason"),
     [
-        (torch.zeros(3, device="meta"), "on device meta"),
-        (torch.zeros(3).expand(4, 3), "share one memory location"),
+        (torch.zeros(3, device="meta", requires_grad=True), "on device meta"),
+        (torch.zeros(3).expand(4, 3).requires_grad_(), "share one memory location"),
     ],
 )
 def test_named_backend_refuses_a_parameter_it_cannot_take(param, reason):

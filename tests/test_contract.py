@@ -208,6 +208,74 @@ def test_tensor_subclasses_take_torchs_path():
     assert torch.equal(param.detach().as_subclass(torch.Tensor), torch.full((4,), 0.5))
 
 
+def frozen(value):
+    return torch.nn.Parameter(value, requires_grad=False)
+
+
+FROZEN = {
+    "int8": lambda: frozen(torch.ones(3, dtype=torch.int8)),
+    "uint8": lambda: frozen(torch.ones(3, dtype=torch.uint8)),
+    "bool": lambda: frozen(torch.ones(3, dtype=torch.bool)),
+    "float8": lambda: frozen(torch.ones(3).to(torch.float8_e4m3fn)),
+    "complex32": lambda: frozen(torch.ones(3, dtype=torch.complex32)),
+    "sparse": lambda: frozen(torch.ones(3).to_sparse()),
+    "meta": lambda: frozen(torch.ones(3, device="meta")),
+    "expanded": lambda: frozen(torch.ones(1).expand(3)),
+    "bf16 subclass": lambda: frozen(torch.ones(3, dtype=torch.bfloat16).as_subclass(Tagged)),
+}
+ASKED = (
+    {},
+    {"max_grad_norm": 1.0},
+    {"skip_nonfinite": True, "ema_decay": 0.9},
+    {"accumulation_steps": 2},
+    {"backend": "cpu"},
+    {"state_dtype": torch.float32},
+)
+
+
+@pytest.mark.parametrize("make", FROZEN.values(), ids=FROZEN)
+def test_frozen_parameters_of_any_kind_are_left_alone(make, caplog):
+    """Models of quantized weights are handed over whole; who would step those does not matter."""
+    for options in ASKED:
+        weight, waits = torch.nn.Parameter(torch.ones(3)), make()
+        optimizer = fusedopt.AdamW([weight, waits], lr=0.1, **options)
+        later = torch.nn.Parameter(torch.ones(2))
+        optimizer.add_param_group({"params": [make(), later]})
+        for _ in range(options.get("accumulation_steps", 1)):
+            weight.grad, later.grad = torch.ones(3), torch.ones(2)
+            optimizer.step()
+        assert (weight < 1).all()
+        assert (later < 1).all()
+        assert optimizer.state.keys() == {weight, later}
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert len(optimizer.routes()) == 4
+    assert not caplog.records
+    optimizer, before = fusedopt.SGD([weight, waits], lr=0.1), weight.detach().clone()
+    with fusedopt.step_in_backward(optimizer):
+        weight.sum().backward()
+    assert (weight < before).all()
+
+
+@pytest.mark.parametrize("options", ASKED[1:], ids=str)
+def test_a_parameter_that_waits_is_judged_when_it_has_a_gradient(options):
+    weight, waits = torch.nn.Parameter(torch.ones(3)), FROZEN["bf16 subclass"]()
+    weight.grad = torch.ones(3)
+    optimizer = fusedopt.AdamW([weight, waits], lr=0.1, **options)
+    optimizer.step()
+    waits.requires_grad_().grad = torch.ones(3, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"cannot .* parameter 1 .*: the parameter is a tensor"):
+        optimizer.step()
+    weight, waits = torch.nn.Parameter(torch.ones(3)), FROZEN["bf16 subclass"]()
+    optimizer = fusedopt.AdamW([weight, waits], lr=0.5)
+    for _ in range(2):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        assert len(optimizer.state) == 1
+    waits.requires_grad_().grad = torch.ones(3, dtype=torch.bfloat16)
+    optimizer.step()
+    assert (waits.as_subclass(torch.Tensor) < 1).all()
+
+
 def test_fused_and_foreach_choose_no_arithmetic():
     results = []
     for flags in ({}, {"fused": True}, {"foreach": True}, {"foreach": False, "fused": False}):

@@ -63,8 +63,9 @@ def sharing():
 
 def in_inference_mode():
     with torch.inference_mode():
-        value = torch.ones(3)
-    return [torch.nn.Parameter(value, requires_grad=False)]
+        param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    return [param]
 
 
 class Tagged(torch.Tensor):
