@@ -86,7 +86,8 @@ void bind_memory(py::module_& m) {
       .def_property_readonly("may_skip", &StepOptions::may_skip);
   py::class_<StepMemory, std::shared_ptr<StepMemory>>(m, "StepMemory")
       .def(py::init<py::object>(), py::arg("reduce"))
-      .def_readwrite("options", &StepMemory::options)
+      .def_property(
+          "options", [](const StepMemory& self) { return self.options; }, &StepMemory::set_options)
       .def("has_accumulated",
            [](StepMemory& self, py::handle p) { return self.member(p.ptr()).has_accumulated; })
       .def("fresh", [](StepMemory& self, py::handle p) { return self.member(p.ptr()).fresh; })

@@ -65,7 +65,7 @@ class AccumulationMixin(StepOptionsMixin):
         self._check_not_swapped()
         if self._in_backward is not None:
             self._in_backward.refuse_accumulate()
-        check_weight(weight)
+        weight = check_weight(weight)
         if self._options.accumulation_steps > 1:
             raise RuntimeError(
                 f"accumulate() with accumulation_steps={self._options.accumulation_steps}, with "
@@ -278,4 +278,4 @@ class AccumulationMixin(StepOptionsMixin):
     def _drop_window(self) -> None:
         """Ends the window without an update, after a part of a step has failed."""
         if self._options.accumulation_steps > 1:
-            self._need_extras().drop_window(self.state)
+            self._need_extras().drop_window(self._states())

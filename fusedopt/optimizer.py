@@ -15,7 +15,6 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from fusedopt import distributed, docstrings
 from fusedopt._extension import _C
 from fusedopt.accumulation import AccumulationMixin
-from fusedopt.backends import check_backend
 from fusedopt.backward_parts import skip_tracing
 from fusedopt.loading import by_param, check_states, check_steps
 from fusedopt.routing import Member, why_torch
@@ -51,7 +50,7 @@ class FusedOptimizer(AccumulationMixin):
             as torch.optim does. Other parameters' states are in their own dtype either way.
         max_grad_norm: Clips the gradients of a step to this global norm, as
             ``torch.nn.utils.clip_grad_norm_`` does, but in the update's pass and without changing
-            ``.grad``. ``float("inf")`` measures the norm only; see `grad_norm`.
+            ``.grad``. ``float("inf")`` measures the norm only, None does neither; see `grad_norm`.
         skip_nonfinite: A step whose gradients are not all finite changes no parameter, state or
             step count; see `step_was_skipped`.
         ema_decay: Averages the parameters: ``ema = ema_decay * ema + (1 - ema_decay) * p`` after
@@ -117,14 +116,9 @@ class FusedOptimizer(AccumulationMixin):
         accumulation_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        if state_dtype not in (None, torch.float32):
-            raise ValueError(
-                f"state_dtype={state_dtype!r} must be None, for states in the parameter's dtype as "
-                "torch.optim has them, or torch.float32, for those of 16-bit parameters"
-            )
-        self.backend = check_backend(backend)
-        self.state_dtype = state_dtype
         self._options = Options(
+            backend,
+            state_dtype,
             max_grad_norm,
             skip_nonfinite,
             ema_decay,
@@ -135,9 +129,7 @@ class FusedOptimizer(AccumulationMixin):
         )
         self._forget()
         super().__init__(*args, **kwargs)
-        for param, state in self.state.items():  # some torch classes create states here
-            for name in self._all_state_names & state.keys():
-                state[name] = state[name].to(self._dtype_of_states(param))
+        self._cast_states()  # some torch classes create states here
 
     def _forget(self) -> None:
         """Starts without a plan and without what plans leave behind."""
@@ -255,7 +247,7 @@ class FusedOptimizer(AccumulationMixin):
     def _settle(self) -> None:
         """Makes the state tell what devices and the window know."""
         if self._extras is not None and self._extras.core.options.accumulates:
-            self._extras.settle(self.state, self._first_flags)
+            self._extras.settle(self._states(), self._first_flags)
         else:
             self._settle_first_flags()
 
@@ -318,16 +310,15 @@ class FusedOptimizer(AccumulationMixin):
 
     def _restore_window(self) -> None:
         """Continues the window of micro-batches that the state was saved in."""
-        if self._extras is not None or any(WINDOW in state for state in self.state.values()):
+        if self._extras is not None or any(WINDOW in state for state in self._states().values()):
             block = self._extras.block if self._extras is not None else None
             self._extras = StepExtras(self._options, distributed.add_up_shards)
-            self._extras.restore(self.state)
+            self._extras.restore(self._states())
             self._extras.block = self._extras.group = block
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        ours = {"backend": self.backend, "state_dtype": self.state_dtype, "_options": self._options}
-        return {**super().__getstate__(), **ours}
+        return {**super().__getstate__(), "_options": self._options}
 
     def __copy__(self) -> Any:
         """As torch's, which shares groups and state. So does what steps are asked for."""
@@ -340,6 +331,8 @@ class FusedOptimizer(AccumulationMixin):
         return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_me" not in self.__dict__:  # not constructed, and perhaps a state of torch's class
+            state = {"_options": Options(), **state}
         super().__setstate__(state)
         if "_options" in state:  # of a copy or a pickle, and not what torch loads
             self._forget()

@@ -37,8 +37,15 @@ class StepOptionsMixin(PlannedSteps):
 
     _swapped: bool
 
-    max_grad_norm = _Option("The global norm that gradients are clipped to.")
+    backend = _Option("What updates parameters: 'auto', or the one backend that may.")
+    state_dtype = _Option("The dtype of 16-bit parameters' states; None for their own.")
+    max_grad_norm = _Option("The global norm that gradients are clipped to, or None.")
+    skip_nonfinite = _Option("Whether gradients that are not all finite make a step of nothing.")
+    ema_decay = _Option("The decay of the averages; None leaves them as they are.")
+    zero_grads = _Option("Whether the update leaves gradients at zero.")
     accumulation_steps = _Option("Calls of `step` that make one update. To set between windows.")
+    accumulation_reduction = _Option("'mean' or 'sum' of a window's gradients.")
+    accumulation_dtype = _Option("torch.float32 makes accumulators with the rest of the state.")
 
     def _need_extras(self) -> StepExtras:
         if self._extras is None:
@@ -47,15 +54,19 @@ class StepOptionsMixin(PlannedSteps):
 
     def _set_options(self, **changes: Any) -> None:
         options = replace(self._options, **changes)  # raises before anything is changed
-        steps, before = options.accumulation_steps, self._options.accumulation_steps
+        steps = options.accumulation_steps
         micro_batches = self._extras.micro_batches if self._extras is not None else 0
-        if micro_batches and steps != before:
+        if micro_batches and steps != self._options.accumulation_steps:
             raise RuntimeError(
                 f"accumulation_steps={steps!r} in the middle of a window, which has "
-                f"{micro_batches} of {before} micro-batches: set it after a step that updates "
-                "(will_step is True before one). Nothing was changed"
+                f"{micro_batches} of {self._options.accumulation_steps} micro-batches: set it "
+                "after a step that updates (will_step is True before one). Nothing was changed"
             )
-        self._options = options
+        before, self._options = self._options, options
+        if options.backend != before.backend:
+            self._packed = None
+        if options.state_dtype != before.state_dtype:
+            self._cast_states()
         if self._extras is not None or options.needed:
             self._need_extras().adopt(options)
 
@@ -109,7 +120,7 @@ class StepOptionsMixin(PlannedSteps):
                 "swap_ema() without averages: construct the optimizer with ema_decay, such as 0.999"
             )
         self._check_not_swapped()
-        averaged = [(p, s["ema"]) for p, s in self.state.items() if "ema" in s]
+        averaged = [(p, s["ema"]) for p, s in self._states().items() if "ema" in s]
         with torch.no_grad():
             own = [param.detach().clone() for param, _ in averaged]
             self._swapped = True

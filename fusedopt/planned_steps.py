@@ -29,8 +29,6 @@ class PlannedSteps(Wrappable):
     _all_state_names: ClassVar[set[str]]
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
 
-    backend: str
-    state_dtype: torch.dtype | None
     _options: Options
     _extras: StepExtras | None  # None as long as a step is an update and nothing else
     _packed: Packed | None
@@ -154,6 +152,9 @@ class PlannedSteps(Wrappable):
         Raises:
             ValueError: more was asked for than torch.optim can do for a parameter it must step.
         """
+        for group in self.param_groups:
+            if not isinstance(group["params"], list):  # set by hand; torch takes any iterable
+                group["params"] = list(group["params"])
         extras, members = self._extras, self._sort()
         for member in members.torch:
             self._check_torch(member)
@@ -191,19 +192,23 @@ class PlannedSteps(Wrappable):
         who = f"{describe(group, member.index)} of param group {member.group}"
         if self._extras is not None:
             asked = ", ".join(self._options.asked) or "accumulate()"
-        elif self.backend != "auto":
+        elif self._options.backend != "auto":
             raise ValueError(
-                f"backend={self.backend!r} cannot update {who}: {member.reason}; use "
+                f"backend={self._options.backend!r} cannot update {who}: {member.reason}; use "
                 "backend='auto', which leaves it to torch.optim"
             )
         elif self._dtype_of_states(member.param) != member.param.dtype:
-            asked = f"state_dtype={self.state_dtype}"
+            asked = f"state_dtype={self._options.state_dtype}"
         else:
             return
         raise ValueError(
             f"{asked} cannot be had for {who}, which torch.optim must step: {member.reason}; leave "
             "it out, or give that parameter an optimizer of its own"
         )
+
+    def _states(self) -> dict[Tensor, dict[str, Any]]:
+        """The state, less entries that are nobody's, which torch lets stand."""
+        return {param: s for param, s in self.state.items() if isinstance(param, Tensor)}
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -212,7 +217,17 @@ class PlannedSteps(Wrappable):
         return _C.state_names(self._rule, group)
 
     def _dtype_of_states(self, param: Tensor) -> torch.dtype:
-        return self.state_dtype if self.state_dtype and param.itemsize == 2 else param.dtype
+        return (
+            self._options.state_dtype
+            if self._options.state_dtype and param.itemsize == 2
+            else param.dtype
+        )
+
+    def _cast_states(self) -> None:
+        """Gives the states that there are the dtype that they are to have."""
+        for param, state in self._states().items():
+            for name in self._all_state_names & state.keys():
+                state[name] = state[name].to(self._dtype_of_states(param))
 
     def _initial_state(self, param: Tensor, name: str) -> Tensor:
         dtype = self._dtype_of_states(param)
@@ -220,9 +235,9 @@ class PlannedSteps(Wrappable):
 
     def _backend_of(self, param: Tensor) -> Backend | None:
         """The backend whose kernels may update ``param``, None if its device has none."""
-        if self.backend == "auto":
+        if self._options.backend == "auto":
             return backend_for(param.device.type)
-        backend = BACKENDS[self.backend]
+        backend = BACKENDS[self._options.backend]
         return backend if param.device.type in backend.device_types else None
 
     def _sort(self) -> Sorted:

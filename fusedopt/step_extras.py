@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedopt._extension import _C
+from fusedopt.backends import check_backend
 
 State = dict[Tensor, dict[str, Any]]
 
@@ -35,14 +36,22 @@ def arithmetic_dtype(param: Tensor) -> torch.dtype:
     return param.dtype
 
 
+def plain(value: Any) -> Any:
+    """A Python number for one of NumPy's or a 0-dim tensor, anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 @dataclass(frozen=True)
 class Options:
     """What an optimizer was asked for; see `FusedOptimizer`.
 
     Raises:
         ValueError: a value out of range.
+        RuntimeError: the backend is not available here.
     """
 
+    backend: str = "auto"
+    state_dtype: torch.dtype | None = None
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
     ema_decay: float | None = None
@@ -52,11 +61,19 @@ class Options:
     accumulation_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        limit, decay, steps = self.max_grad_norm, self.ema_decay, self.accumulation_steps
-        if limit is not None and not (_is_number(limit) and limit >= 0):
+        for name in self.__dataclass_fields__:
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        check_backend(self.backend)
+        if self.state_dtype not in (None, torch.float32):
             raise ValueError(
-                f"max_grad_norm={limit!r} must be a number, 0 or larger (float('inf') measures and "
-                "does not clip), or None"
+                f"state_dtype={self.state_dtype!r} must be None, for states in the parameter's "
+                "dtype as torch.optim has them, or torch.float32, for those of 16-bit parameters"
+            )
+        limit, decay, steps = self.max_grad_norm, self.ema_decay, self.accumulation_steps
+        if limit is not None and not (_is_number(limit) and limit > 0):
+            raise ValueError(
+                f"max_grad_norm={limit!r} must be a number above 0 (float('inf') measures and does "
+                "not clip), or None, which does neither"
             )
         if decay is not None and not (_is_number(decay) and 0 <= decay < 1):
             raise ValueError(
@@ -84,8 +101,8 @@ class Options:
 
     @property
     def asked(self) -> list[str]:
-        """The options that are on, as they were spelled."""
-        off = Options()
+        """The options of a step that are on, as they were spelled."""
+        off = Options(self.backend, self.state_dtype)
         return [
             f"{name}={getattr(self, name)!r}"
             for name in self.__dataclass_fields__
@@ -95,26 +112,29 @@ class Options:
     @property
     def needed(self) -> bool:
         """Whether a step is more than an update."""
-        return self != replace(Options(), accumulation_reduction=self.accumulation_reduction)
+        return bool(replace(self, accumulation_reduction="mean").asked)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def check_weight(weight: object) -> None:
-    """Raises unless a micro-batch can have this weight."""
+def check_weight(weight: Any) -> Any:
+    """The weight of a micro-batch; raises unless it can have it."""
+    if not isinstance(weight, Tensor):
+        weight = plain(weight)
     if isinstance(weight, Tensor):
         if weight.numel() != 1 or weight.is_complex():
             raise ValueError(
                 f"weight is a tensor of shape {tuple(weight.shape)} and {weight.dtype}; it must be "
                 "a number or a tensor of one, such as the number of tokens of the micro-batch"
             )
-    elif not (_is_number(weight) and 0 <= weight < math.inf):  # type: ignore[operator]
+    elif not (_is_number(weight) and 0 <= weight < math.inf):
         raise ValueError(
             f"weight={weight!r} must be a finite number, 0 or larger, or a tensor of one, such as "
             "the number of tokens of the micro-batch"
         )
+    return weight
 
 
 class StepExtras:
@@ -147,6 +167,7 @@ class StepExtras:
         self.flushed = False
         self.left_out_before: list[Tensor] | None = None
         self._views: dict[tuple[int, int], list[Tensor]] = {}
+        self.options = options
         self.adopt(options)
 
     def adopt(self, options: Options, *, check: bool = False, accumulates: bool = False) -> None:
@@ -159,7 +180,9 @@ class StepExtras:
         """
         before = self.core.options
         limit = options.max_grad_norm
-        check = check or before.check or options.skip_nonfinite
+        check = (
+            check or options.skip_nonfinite or (before.check and not self.options.skip_nonfinite)
+        )
         accumulates = accumulates or before.accumulates or options.accumulation_steps > 1
         self.options = options
         self.core.options = _C.StepOptions(

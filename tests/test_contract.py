@@ -1,10 +1,12 @@
 """Drop-in: what programs do with an optimizer besides stepping it, beside torch.optim."""
 
+import collections
 import copy
 import inspect
 import logging
 import re
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, case_samples
@@ -284,6 +286,125 @@ def test_fused_and_foreach_choose_no_arithmetic():
         assert all(r.backend == "cpu" for r in results[-1][1].routes())
     for other in results[1:]:
         assert_same(results[0], other)
+
+
+NUMBERS = {
+    "np.float32": np.float32,
+    "np.float64": np.float64,
+    "np.float16": np.float16,
+    "np.array": np.array,
+    "0-dim tensor": torch.tensor,
+    "0-dim float64": lambda value: torch.tensor(value, dtype=torch.float64),
+}
+
+
+@EACH_CASE
+@pytest.mark.parametrize("convert", NUMBERS.values(), ids=NUMBERS)
+def test_hyperparameters_may_be_numbers_of_any_kind(case, convert):
+    """0.25 in each: what torch takes, and what it fails with in the arithmetic."""
+    theirs = case.torch_class(make_params()).param_groups[0]
+    for name in [n for n, value in theirs.items() if type(value) is float]:
+        ends = []
+        for value in (0.25, convert(0.25)):
+            params = make_params([(7,)])
+            optimizer = case.fused()(params, lr=0.1)
+            for step in range(2):
+                set_grads(params, step)
+                optimizer.step()
+                optimizer.param_groups[0][name] = value
+            ends.append(params)
+        assert all(map(torch.equal, *ends)), name
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_sequences_have_their_length_as_with_torch(name, length):
+    for container in (tuple, list, torch.tensor):
+        for optim in (torch.optim, fusedopt):
+            params = make_params([(3,)])
+            optimizer = getattr(optim, name)(params)
+            optimizer.param_groups[0]["betas"] = container([0.9, 0.99, 0.5][:length])
+            set_grads(params, 0)
+            with pytest.raises(ValueError, match=r"unpack|it must have 2 entries"):
+                optimizer.step()
+    params = make_params([(3,)])
+    set_grads(params, 0)
+    optimizer = getattr(fusedopt, name)(params, betas=(0.9, 0.99, 0.5))
+    with pytest.raises(ValueError, match=r"'betas' is \(0.9, 0.99, 0.5\); it must have 2 entries"):
+        optimizer.step()
+
+
+CONTAINERS = {
+    "tuple": tuple,
+    "deque": collections.deque,
+    "generator": iter,
+    "dict": dict.fromkeys,
+    "keys": lambda params: dict.fromkeys(params).keys(),
+    "ParameterList": torch.nn.ParameterList,
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+def test_params_may_be_any_iterable_as_with_torch(container):
+    """In the constructor, in a group and in place of a group's list."""
+    ends = []
+    for optim in (torch.optim, fusedopt):
+        params = make_params([(3,), (2, 5)])
+        first = optim.SGD(container(params), lr=0.1)
+        second = optim.SGD([{"params": container(params)}], lr=0.1)
+        third = optim.SGD(params, lr=0.1)
+        for step, optimizer in enumerate([first, second, third, third]):
+            set_grads(params, step)
+            if step == 3:
+                optimizer.param_groups[0]["params"] = container(params)
+            optimizer.step()
+        ends.append(params)
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@EACH_CASE
+def test_states_that_torch_sets_and_loads_are_taken(case):
+    """Other classes' states, parts, more keys than there are parameters, entries of nobody's."""
+
+    def on_a_new_object(optimizer, cls, torch_class):
+        theirs = torch_class(optimizer.param_groups[0]["params"], lr=0.1)
+        theirs.load_state_dict(optimizer.state_dict())
+        new = cls.__new__(cls)
+        new.__setstate__(theirs.__getstate__())
+        return new
+
+    def groups_only(optimizer, *_):
+        optimizer.__setstate__({"param_groups": [dict(g) for g in optimizer.param_groups]})
+        return optimizer
+
+    def of_more(optimizer, *_):
+        saved = optimizer.state_dict()
+        saved["param_groups"] = tuple(
+            {**g, "params": tuple(g["params"])} for g in saved["param_groups"]
+        )
+        saved["state"] = {
+            **{number: {**state, "note": "x"} for number, state in saved["state"].items()},
+            "global": 5,
+        }
+        optimizer.load_state_dict({**saved, "more": 1})
+        optimizer.state["epoch"] = 3
+        return optimizer
+
+    for change in (on_a_new_object, groups_only, of_more):
+        ends = []
+        for cls in (case.torch_class, case.fused()):
+            params = make_params([(3,), (2, 5)])
+            optimizer = cls(params, lr=0.1)
+            for step in range(3):
+                set_grads(params, step)
+                optimizer.step()
+                if step == 1:
+                    optimizer = change(optimizer, cls, case.torch_class)
+            assert copy.deepcopy(optimizer).state_dict()
+            ends.append(params)
+        for ours, theirs in zip(*ends, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 @EACH_CASE

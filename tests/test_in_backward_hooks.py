@@ -51,7 +51,6 @@ def test_other_optimizers_raise():
     "option",
     [
         {"max_grad_norm": 1.0},
-        {"max_grad_norm": 0.0},
         {"max_grad_norm": float("inf")},
         {"skip_nonfinite": True},
         {"zero_grads": True},

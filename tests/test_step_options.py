@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fusedopt
 from fusedopt import _C
+from fusedopt.step_extras import Options
 
 each = pytest.mark.parametrize
 EACH_CASE = each("case", CASES, ids=lambda case: case.name)
@@ -193,7 +194,7 @@ def test_the_whole_chain_beside_torchs():
         torch.testing.assert_close(list(ours.parameters()), list(average.module.parameters()))
 
 
-@each("limit", [0.0, 1e-3, 1.0, float("inf")])
+@each("limit", [1e-30, 1e-3, 1.0, float("inf")])
 @each("value", [1.0, float("inf"), float("nan")])
 def test_a_limit_acts_as_clip_grad_norms(limit, value):
     ends = []
@@ -520,6 +521,7 @@ def test_an_average_can_begin_later():
     ("options", "words"),
     [
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 must be"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm=0.0 must be a number above 0 .*, or None"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm=nan must be"),
         ({"max_grad_norm": "1"}, "max_grad_norm='1' must be"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0 must be a number in \[0, 1\)"),
@@ -558,11 +560,125 @@ def test_a_limit_that_is_set_later_is_kept():
     set_grads(params, 0)
     optimizer.step()
     assert optimizer.grad_norm is None
-    optimizer.max_grad_norm = 0.0
+    optimizer.max_grad_norm = 1e-30
     before = params[2].detach().clone()
     optimizer.step()
     assert torch.equal(params[2], before)
     assert abs(float(optimizer.grad_norm) - norm64([p.grad for p in params])) < 1e-5
+
+
+SETTINGS = {
+    "backend": ("auto", "cpu"),
+    "state_dtype": (None, torch.float32),
+    "max_grad_norm": (None, LIMIT, float("inf")),
+    "skip_nonfinite": (False, True),
+    "ema_decay": (None, 0.5),
+    "zero_grads": (False, True),
+    "accumulation_steps": (1, 2),
+    "accumulation_reduction": ("mean", "sum"),
+    "accumulation_dtype": (None, torch.float32),
+}
+
+
+@each("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each("name", SETTINGS)
+@each("start", [{}, EVERYTHING, {"accumulation_steps": 2}, {"zero_grads": True}], ids=str)
+def test_an_option_set_later_is_in_force(name, start, dtype):
+    """As in an optimizer that is constructed with it, and goes on from here."""
+
+    def take(optimizer, params, first, overflow):
+        for step in range(2 * optimizer.accumulation_steps):
+            set_grads(params, first + step)
+            if overflow and step == 0:
+                params[1].grad[0, 0] = float("nan")
+            optimizer.step()
+
+    for value in SETTINGS[name]:
+        params = make_params(FEW, dtype)
+        optimizer = fusedopt.AdamW(params, lr=0.1, **start)
+        take(optimizer, params, 0, overflow=False)
+        others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        other = fusedopt.AdamW(others, lr=0.1, **{**start, name: value})
+        other.load_state_dict(through_a_file(optimizer.state_dict()))
+        setattr(optimizer, name, value)
+        assert getattr(optimizer, name) == value
+        for overflow in (False, True):
+            take(optimizer, params, 10, overflow)
+            take(other, others, 10, overflow)
+            for p, q in zip(params, others, strict=True):
+                torch.testing.assert_close(p, q, rtol=0, atol=0, equal_nan=True)
+                torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, equal_nan=True)
+                states = states_of(optimizer, p)
+                for key, state in states_of(other, q).items():
+                    torch.testing.assert_close(states[key], state, rtol=0, atol=0, equal_nan=True)
+            assert (optimizer.grad_norm is None) == (other.grad_norm is None)
+
+
+def test_all_options_are_tried_and_refuse_bad_values_later():
+    optimizer = fusedopt.SGD(make_params(), lr=0.1)
+    assert SETTINGS.keys() == Options.__dataclass_fields__.keys()
+    for name in SETTINGS:
+        before = getattr(optimizer, name)
+        with pytest.raises(ValueError, match=f"{name}='0'"):
+            setattr(optimizer, name, "0")
+        assert getattr(optimizer, name) == before
+
+
+@each("name", SETTINGS)
+def test_an_option_in_a_param_group_raises_until_it_is_gone(name):
+    params = make_params(FEW)
+    optimizer = fusedopt.AdamW([{"params": params, "initial_lr": 0.1}], lr=0.1)
+    for step in range(3):
+        optimizer.param_groups[0].update({name: SETTINGS[name][1]} if step == 1 else {})
+        set_grads(params, step)
+        before = [p.detach().clone() for p in params]
+        if step == 1:
+            for _ in range(2):
+                with pytest.raises(ValueError, match=f"'{name}' is an option of the whole"):
+                    optimizer.step()
+            assert all(map(torch.equal, params, before))
+            del optimizer.param_groups[0][name]
+        optimizer.step()
+        assert not all(map(torch.equal, params, before))
+    constructed = fusedopt.AdamW([{"params": params, name: SETTINGS[name][1]}])
+    with pytest.raises(ValueError, match=f"'{name}' is an option of the whole"):
+        constructed.step()
+
+
+@each(
+    ("name", "value", "number"),
+    [
+        ("max_grad_norm", np.float32(0.5), 0.5),
+        ("max_grad_norm", np.int64(2), 2),
+        ("max_grad_norm", torch.tensor(0.5), 0.5),
+        ("ema_decay", np.array(0.5), 0.5),
+        ("skip_nonfinite", np.bool_(True), True),
+        ("zero_grads", torch.tensor(True), True),
+        ("accumulation_steps", np.int32(2), 2),
+        ("accumulation_steps", torch.tensor(2), 2),
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy_and_in_tensors_are_taken(name, value, number):
+    for optimizer in (
+        fusedopt.SGD(make_params(), lr=0.1, **{name: value}),
+        fusedopt.SGD(make_params(), lr=0.1),
+    ):
+        setattr(optimizer, name, value)
+        assert getattr(optimizer, name) == number
+        assert type(getattr(optimizer, name)) is type(number)
+
+
+@each("weight", [np.float32(3), np.int64(3), np.array(3.0), torch.tensor(3), 3])
+def test_weights_of_numpy_and_in_tensors_are_taken(weight):
+    params = make_params(FEW)
+    before = params[2].detach().clone()
+    optimizer = fusedopt.SGD(params, lr=1.0, accumulation_reduction="sum")
+    set_grads(params, 0)
+    grad = params[2].grad.clone()
+    optimizer.accumulate(weight)
+    optimizer.step()
+    torch.testing.assert_close(params[2].detach(), before - 3 * grad)
 
 
 @each("options", [{k: v} for k, v in EVERYTHING.items()], ids=list(EVERYTHING))

@@ -48,6 +48,11 @@ bool is_constant(PyObject* value) {
          value == Py_None;
 }
 
+// What optimizers take once for all their groups: the fields of Options in Python.
+constexpr const char* kOptions[] = {
+    "backend",    "state_dtype",        "max_grad_norm",          "skip_nonfinite",    "ema_decay",
+    "zero_grads", "accumulation_steps", "accumulation_reduction", "accumulation_dtype"};
+
 bool truth(PyObject* value) {
   if (value == Py_False || value == Py_None) return false;
   const int result = PyObject_IsTrue(value);
@@ -61,6 +66,9 @@ GroupReader::GroupReader(const RuleInfo& rule)
     : maximize_key_(interned("maximize")), params_key_(interned("params")) {
   for (const HyperName& name : rule.hyper_names) {
     keys_.push_back({interned(name.key), name.index});
+  }
+  for (Key& key : keys_) {
+    for (const Key& other : keys_) key.count += other.name.is(key.name) ? 1 : 0;
   }
   // In the order of RouteFlag.
   for (const char* name : {"differentiable", "capturable", "fused"}) {
@@ -76,10 +84,15 @@ GroupValues GroupReader::read(const py::dict& group, LiveTensors live) const {
     if (keys_[k].index < 0) {
       values.hyper.values[k] = number(value, keys_[k].name, live, values.live[k]);
     } else {
-      const auto element =
-          py::reinterpret_steal<py::object>(PySequence_GetItem(value, keys_[k].index));
-      if (!element) throw py::error_already_set();
-      values.hyper.values[k] = number(element.ptr(), keys_[k].name, live, values.live[k]);
+      const auto elements = py::reinterpret_steal<py::object>(PySequence_Tuple(value));
+      if (!elements) throw py::error_already_set();
+      if (PyTuple_GET_SIZE(elements.ptr()) != keys_[k].count) {
+        throw py::value_error("param group value '" + std::string(keys_[k].name) + "' is " +
+                              std::string(py::repr(py::handle(value))) + "; it must have " +
+                              std::to_string(keys_[k].count) + " entries");
+      }
+      PyObject* element = PyTuple_GET_ITEM(elements.ptr(), keys_[k].index);
+      values.hyper.values[k] = number(element, keys_[k].name, live, values.live[k]);
     }
   }
   PyObject* maximize = PyDict_GetItemWithError(group.ptr(), maximize_key_.ptr());
@@ -97,6 +110,12 @@ bool GroupReader::reads(PyObject* key) const {
     if (same < 0) throw py::error_already_set();
     return same != 0;
   };
+  for (const char* option : kOptions) {
+    if (!is(interned(option))) continue;
+    throw py::value_error("param group key '" + std::string(option) +
+                          "' is an option of the whole optimizer, and would be ignored in a group: "
+                          "give it to the constructor, or set the optimizer's attribute");
+  }
   return std::any_of(keys_.begin(), keys_.end(), [&](const Key& k) { return is(k.name); }) ||
          std::any_of(route_keys_.begin(), route_keys_.end(), is) || is(maximize_key_);
 }
@@ -114,9 +133,10 @@ bool SeenGroup::changed(const py::dict& group, const GroupReader& reader) {
     Entry& entry = entries_[k++];
     if (entry.key.ptr() != key) {
       same = false;
+      const bool is_read = reader.reads(key);  // first: a key that is refused stays unknown
       replaced.push_back(std::move(entry.key));
       entry.key = py::reinterpret_borrow<py::object>(key);
-      entry.is_read = reader.reads(key);
+      entry.is_read = is_read;
     }
     PyObject* wanted = entry.is_read ? value : nullptr;
     if (entry.value.ptr() == wanted) continue;

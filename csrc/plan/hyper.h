@@ -29,18 +29,21 @@ class GroupReader {
  public:
   explicit GroupReader(const RuleInfo& rule);
 
-  // Throws KeyError for a missing key and TypeError for a value that is no number, naming the key.
+  // Throws KeyError for a missing key, TypeError for a value that is no number and ValueError for a
+  // sequence of another length, naming the key.
   GroupValues read(const py::dict& group, LiveTensors live) const;
 
   PyObject* params_key() const { return params_key_.ptr(); }
 
-  // Whether `read` looks at this key of a group.
+  // Whether `read` looks at this key of a group. Throws ValueError for an option of the optimizer,
+  // which would be ignored there.
   bool reads(PyObject* key) const;
 
  private:
   struct Key {
     py::str name;
     int index;
+    int count = 0;  // elements of the sequence that `index` is a place in
   };
   std::vector<Key> keys_;
   std::vector<py::str> route_keys_;

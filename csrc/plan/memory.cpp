@@ -23,7 +23,29 @@ StepDecision read(const at::Tensor& from) {
   return decision;
 }
 
+void set_decay(StepDecision& decision, double decay) {
+  decision.ema_decay64 = decay;
+  decision.ema_rest64 = 1.0 - decay;
+  decision.ema_decay32 = static_cast<float>(decision.ema_decay64);
+  decision.ema_rest32 = static_cast<float>(decision.ema_rest64);
+}
+
 }  // namespace
+
+template <typename Change>
+void StepMemory::change_decisions(const Change& change) {
+  for (const auto& [device, tensor] : decisions_) {
+    StepDecision decision = read(tensor);
+    change(decision);
+    write(decision, tensor);
+  }
+}
+
+void StepMemory::set_options(const StepOptions& now) {
+  const bool decays = now.averages() && now.ema_decay != options.ema_decay;
+  options = now;
+  if (decays) change_decisions([&](StepDecision& d) { set_decay(d, now.ema_decay); });
+}
 
 at::Tensor StepMemory::decision(c10::Device device) {
   for (const auto& [known, tensor] : decisions_) {
@@ -33,12 +55,7 @@ at::Tensor StepMemory::decision(c10::Device device) {
   if (!decisions_.empty()) {
     first = read(decisions_.front().second);
   } else {
-    if (options.averages()) {
-      first.ema_decay64 = options.ema_decay;
-      first.ema_rest64 = 1.0 - options.ema_decay;
-      first.ema_decay32 = static_cast<float>(first.ema_decay64);
-      first.ema_rest32 = static_cast<float>(first.ema_rest64);
-    }
+    if (options.averages()) set_decay(first, options.ema_decay);
     first.weight = first_weight_;
   }
   at::Tensor made = at::empty({static_cast<int64_t>(sizeof(StepDecision))},
@@ -54,11 +71,7 @@ double StepMemory::window_weight() const {
 
 void StepMemory::set_window_weight(double weight) {
   first_weight_ = weight;
-  for (const auto& [device, tensor] : decisions_) {
-    StepDecision decision = read(tensor);
-    decision.weight = weight;
-    write(decision, tensor);
-  }
+  change_decisions([&](StepDecision& decision) { decision.weight = weight; });
 }
 
 }  // namespace fusedopt

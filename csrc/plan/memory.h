@@ -48,8 +48,11 @@ class StepMemory {
   // over the ranks.
   explicit StepMemory(py::object reduce) : reduce(std::move(reduce)) {}
 
-  StepOptions options;
+  StepOptions options;  // written by `set_options` alone
   py::object reduce;
+
+  // Takes effect with the next step; waits for the devices if parameters are averaged otherwise.
+  void set_options(const StepOptions& now);
 
   // The reference stays valid.
   Member& member(PyObject* param) { return members_[param]; }
@@ -69,6 +72,10 @@ class StepMemory {
   void set_window_weight(double weight);
 
  private:
+  // Changes the decisions of all devices, in the order of their current streams.
+  template <typename Change>
+  void change_decisions(const Change& change);
+
   std::unordered_map<PyObject*, Member> members_;
   std::vector<std::pair<c10::Device, at::Tensor>> decisions_;
   double first_weight_ = 0.0;  // of the window, until there is a decision
