@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
 # What is sent at a time: as much as DistributedDataParallel's buckets.
 _BUCKET_BYTES = 25 * 2**20
@@ -51,28 +50,11 @@ def add_up_tensors(tensors: list[Tensor], group: Any, *, mean: bool) -> None:
     Of a DTensor, which tensor parallelism makes, this group's ranks have the same part.
     """
     local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
-    for bucket in _buckets(local):
-        flat = _flatten_dense_tensors(bucket)
-        dist.all_reduce(flat, group=group)
-        if mean:
-            flat /= dist.get_world_size(group)
-        torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype and device, in order, a bucket's worth at a time."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        fits = size + tensor.nbytes <= _BUCKET_BYTES
-        if bucket and not (fits and _kind(tensor) == _kind(bucket[0])):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
-
-
-def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
-    return tensor.dtype, tensor.device
+    for device in dict.fromkeys(tensor.device for tensor in local):
+        there = [tensor for tensor in local if tensor.device == device]
+        for bucket in _take_tensors(there, _BUCKET_BYTES):  # each of one dtype
+            flat = _flatten_dense_tensors(bucket)
+            dist.all_reduce(flat, group=group)
+            if mean:
+                flat /= dist.get_world_size(group)
+            torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))

@@ -14,7 +14,7 @@ from fusedopt.backward_parts import Backwards, Streams, skip_tracing
 from fusedopt.framework_checks import check_no_framework_accumulates
 from fusedopt.optimizer import FusedOptimizer, fused_optimizer
 from fusedopt.routing import describe
-from fusedopt.step_extras import initializes
+from fusedopt.step_extras import initializes, plain
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -79,6 +79,7 @@ def step_in_backward(optimizer: FusedOptimizer, *, bucket_bytes: int = _BUCKET_B
         (-0.5, None)
     """
     optimizer = fused_optimizer(optimizer, "step_in_backward()")
+    bucket_bytes = plain(bucket_bytes)
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
         raise ValueError(
             f"bucket_bytes={bucket_bytes!r} must be a whole number, 1 or larger: the bytes of "

@@ -64,7 +64,8 @@ class FusedOptimizer(AccumulationMixin):
             they are needed.
 
     None of these needs a pass of its own over the parameters, or waits for a device. They are for
-    all parameters of the optimizer: one that torch.optim must step raises.
+    all parameters of the optimizer: one that torch.optim must step raises. Each is an attribute,
+    too, which can be set and is in force from the next step on.
 
     Raises:
         ValueError: an unknown backend, or a named one that cannot update some parameter; another
@@ -334,6 +335,9 @@ class FusedOptimizer(AccumulationMixin):
         if "_me" not in self.__dict__:  # not constructed, and perhaps a state of torch's class
             state = {"_options": Options(), **state}
         super().__setstate__(state)
+        for name, kind in (("param_groups", list), ("state", dict)):  # any iterable, for torch
+            if not isinstance(self.__dict__[name], kind):
+                self.__dict__[name] = kind(self.__dict__[name])
         if "_options" in state:  # of a copy or a pickle, and not what torch loads
             self._forget()
             self._restore_window()

@@ -63,9 +63,8 @@ class StepOptionsMixin(PlannedSteps):
                 "after a step that updates (will_step is True before one). Nothing was changed"
             )
         before, self._options = self._options, options
-        if options.backend != before.backend:
+        if (options.backend, options.state_dtype) != (before.backend, before.state_dtype):
             self._packed = None
-        if options.state_dtype != before.state_dtype:
             self._cast_states()
         if self._extras is not None or options.needed:
             self._need_extras().adopt(options)

@@ -375,7 +375,7 @@ def test_states_that_torch_sets_and_loads_are_taken(case):
         return new
 
     def groups_only(optimizer, *_):
-        optimizer.__setstate__({"param_groups": [dict(g) for g in optimizer.param_groups]})
+        optimizer.__setstate__({"param_groups": tuple(dict(g) for g in optimizer.param_groups)})
         return optimizer
 
     def of_more(optimizer, *_):

@@ -64,12 +64,15 @@ def test_options_that_need_all_gradients_raise(option):
     assert_ordinary(params)
 
 
-def test_a_norm_that_is_asked_for_later_raises_in_the_backward():
+@pytest.mark.parametrize(
+    ("option", "value"), [("max_grad_norm", 1.0), ("skip_nonfinite", True), ("zero_grads", True)]
+)
+def test_such_an_option_set_later_raises_in_the_backward(option, value):
     params = make_params(SHAPES)
     optimizer = fusedopt.SGD(params)
     fusedopt.step_in_backward(optimizer, bucket_bytes=1)
-    optimizer.max_grad_norm = 1.0
-    with pytest.raises(ValueError, match=r"max_grad_norm=1.0 cannot be had"):
+    setattr(optimizer, option, value)
+    with pytest.raises(ValueError, match=f"{option}={value} cannot be had"):
         loss_of(params, 0).backward()
     assert all(unchanged(params))
 
