@@ -235,6 +235,7 @@ ASKED = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("make", FROZEN.values(), ids=FROZEN)
 def test_frozen_parameters_of_any_kind_are_left_alone(make, caplog):
     """Models of quantized weights are handed over whole; who would step those does not matter."""

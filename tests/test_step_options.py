@@ -614,6 +614,27 @@ def test_an_option_set_later_is_in_force(name, start, dtype):
             assert (optimizer.grad_norm is None) == (other.grad_norm is None)
 
 
+def test_options_set_one_after_the_other_have_the_cpus_bits(place):
+    ends = []
+    for where in (place, Host):
+        params, optimizer = build(where, ADAMW, shapes=FEW)
+        steps = iter(range(100))
+        for name in [*SETTINGS][2:]:
+            for value in SETTINGS[name][::-1]:
+                setattr(optimizer, name, value)
+                for _ in range(optimizer.accumulation_steps):
+                    set_grads(params, next(steps))
+                    optimizer.step()
+            setattr(optimizer, name, SETTINGS[name][1])  # and stays
+        set_grads(params, next(steps))
+        params[2].grad[0] = float("inf")
+        optimizer.step()
+        ends.append([(p.detach().cpu(), states_of(optimizer, p)) for p in params])
+    for (p, states), (q, others) in zip(*ends, strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(states[key].cpu(), others[key].cpu()) for key in others)
+
+
 def test_all_options_are_tried_and_refuse_bad_values_later():
     optimizer = fusedopt.SGD(make_params(), lr=0.1)
     assert SETTINGS.keys() == Options.__dataclass_fields__.keys()
