@@ -1,7 +1,8 @@
 """Parameter shapes of real networks, written out from their papers and original code.
 
 No framework that builds these models is needed to time an optimizer on them. Order and shapes are
-those of the models' own ``parameters()``; the totals are the published ones.
+those of the models' own ``parameters()``; the totals are the published ones. `depth` is the number
+of transformer blocks.
 """
 
 from __future__ import annotations
@@ -9,25 +10,18 @@ from __future__ import annotations
 Shape = tuple[int, ...]
 
 
-def gpt2(width: int = 768, depth: int = 12) -> tuple[Shape, ...]:
-    """GPT-2 in the order of the original model (Radford et al., 2019).
+def gpt2(depth: int = 12) -> tuple[Shape, ...]:
+    """GPT-2 124M in the order of the original model (Radford et al., 2019).
 
     The output projection shares the token embedding's tensor, so it is not listed again.
-
-    Args:
-        width: size of the residual stream; 768 in the 124M model.
-        depth: number of transformer blocks; 12 in the 124M model.
     """
-    vocabulary, context = 50257, 1024
-    block: list[Shape] = [
-        (width,), (width,),  # ln_1 weight, bias
-        (width, 3 * width), (3 * width,),  # attn.c_attn
-        (width, width), (width,),  # attn.c_proj
-        (width,), (width,),  # ln_2
-        (width, 4 * width), (4 * width,),  # mlp.c_fc
-        (4 * width, width), (width,),  # mlp.c_proj
+    width, vocabulary, context = 768, 50257, 1024
+    norm: list[Shape] = [(width,), (width,)]
+    block = [
+        *norm, (width, 3 * width), (3 * width,), (width, width), (width,),  # attention
+        *norm, (width, 4 * width), (4 * width,), (4 * width, width), (width,),
     ]  # fmt: skip
-    return ((vocabulary, width), (context, width), *(block * depth), (width,), (width,))
+    return ((vocabulary, width), (context, width), *(block * depth), *norm)
 
 
 def resnet50() -> tuple[Shape, ...]:
@@ -46,9 +40,9 @@ def resnet50() -> tuple[Shape, ...]:
     return (*shapes, (1000, 2048), (1000,))
 
 
-def bert(width: int = 768, depth: int = 12) -> tuple[Shape, ...]:
-    """BERT (Devlin et al., 2018), uncased, with its pooler and without a head."""
-    vocabulary, positions, kinds = 30522, 512, 2
+def bert(depth: int = 12) -> tuple[Shape, ...]:
+    """BERT-base (Devlin et al., 2018), uncased, with its pooler and without a head."""
+    width, vocabulary, positions, kinds = 768, 30522, 512, 2
     norm: list[Shape] = [(width,), (width,)]
     dense: list[Shape] = [(width, width), (width,)]
     block = [
@@ -59,8 +53,9 @@ def bert(width: int = 768, depth: int = 12) -> tuple[Shape, ...]:
     return (*embeddings, *(block * depth), *dense)
 
 
-def vit(width: int = 1024, depth: int = 24, patch: int = 16) -> tuple[Shape, ...]:
-    """Vision transformer for 224 x 224 images and ImageNet's classes (Dosovitskiy et al., 2020)."""
+def vit(depth: int = 24) -> tuple[Shape, ...]:
+    """ViT-L/16 for 224 x 224 images and ImageNet's classes (Dosovitskiy et al., 2020)."""
+    width, patch = 1024, 16
     tokens = (224 // patch) ** 2 + 1
     norm: list[Shape] = [(width,), (width,)]
     block = [
@@ -71,14 +66,9 @@ def vit(width: int = 1024, depth: int = 24, patch: int = 16) -> tuple[Shape, ...
     return (*stem, *(block * depth), *norm, (1000, width), (1000,))
 
 
-def llama3(width: int = 4096, depth: int = 32) -> tuple[Shape, ...]:
-    """Llama 3 (Grattafiori et al., 2024): grouped queries, no biases, an output of its own.
-
-    Args:
-        width: size of the residual stream; 4,096 in the 8B model.
-        depth: number of transformer blocks; 32 in the 8B model.
-    """
-    vocabulary, key_heads, head, hidden = 128_256, 8, 128, 14_336
+def llama3(depth: int = 32) -> tuple[Shape, ...]:
+    """Llama 3 8B (Grattafiori et al., 2024): grouped queries, no biases, an output of its own."""
+    width, vocabulary, key_heads, head, hidden = 4096, 128_256, 8, 128, 14_336
     grouped = key_heads * head
     block: list[Shape] = [
         (width, width), (grouped, width), (grouped, width), (width, width),  # q, k, v, o

@@ -14,15 +14,17 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .rows import cpu_name
+
+Rows = Sequence[Sequence[torch.Tensor]]
 
 SOURCE = Path(__file__).with_name("floor.c")
 FLAGS = "-O3 -march=native -fopenmp -shared -fPIC"
@@ -61,7 +63,6 @@ def library() -> ctypes.CDLL:
     loaded.floor_move.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
     loaded.floor_read.argtypes = (ctypes.c_void_p, ctypes.c_int)
     loaded.floor_free.argtypes = (ctypes.c_void_p,)
-    loaded.floor_free.restype = None
     return loaded
 
 
@@ -76,80 +77,68 @@ def unavailable(device: str) -> str:
     return ""
 
 
-class TrafficFloor:
-    """Moves the bytes of a step over `rows`, each [parameter, gradient, states...].
+def traffic(
+    gradients: Sequence[torch.Tensor], states: int, measures: bool = False,
+    zero_grads: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    """What moves the bytes of a step over parameters that have these gradients.
 
     Args:
-        rows: the tensors of a row are contiguous and of equal size in bytes.
+        gradients: contiguous.
+        states: arrays that a parameter has beside itself and its gradient.
         measures: read the gradients before, in a pass of their own, as a norm does.
         zero_grads: write the gradients, too.
     """
-
-    def __init__(
-        self, rows: Sequence[Sequence[torch.Tensor]], measures: bool = False,
-        zero_grads: bool = False,
-    ) -> None:  # fmt: skip
-        self.width = len(rows[0])
-        for row in rows:
-            sizes = {tensor.nbytes for tensor in row}
-            if len(row) != self.width or len(sizes) > 1 or not all(t.is_contiguous() for t in row):
-                raise ValueError(
-                    "rows: got tensors that differ in number or bytes or are not contiguous; "
-                    "wanted: the same number in every row, contiguous, as many bytes each"
-                )
-        self.rows, self.measures, self.zero_grads = rows, measures, zero_grads
-        prepare = self._on_cpu if rows[0][0].device.type == "cpu" else self._on_gpu
-        self.run = prepare()
-
-    def _on_cpu(self) -> Any:
-        code = library()
-        addresses = [tensor.data_ptr() for row in self.rows for tensor in row]
-        sizes = [row[0].nbytes for row in self.rows]
-        made = code.floor_new(
-            (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * len(sizes))(*sizes),
-            len(sizes), self.width,
-        )  # fmt: skip
-        if made is None:
-            raise MemoryError("no memory for the floor's list of pieces, or too many arrays a row")
-        handle = _Handle(made)
-
-        def run() -> None:
-            threads = torch.get_num_threads()
-            if self.measures:
-                code.floor_read(handle.value, threads)
-            code.floor_move(handle.value, self.zero_grads, threads)
-
-        return run
-
-    def _on_gpu(self) -> Any:
-        from .stream import stream
-
-        device = self.rows[0][0].device
-        addresses = torch.tensor([[tensor.data_ptr() for tensor in row] for row in self.rows])
-        pieces = [
-            (index, begin, row[0].nbytes // 4)
-            for index, row in enumerate(self.rows)
-            for begin in range(0, row[0].nbytes // 4, WORDS)
-        ]
-        if any(row[0].nbytes % 4 for row in self.rows):
-            raise ValueError("rows: got a number of bytes that is no multiple of 4")
-        places, sink = addresses.to(device), torch.zeros(1, dtype=torch.int32, device=device)
-        table = torch.tensor(pieces, dtype=torch.int64).to(device)
-        grid, fixed = (len(pieces),), (places, table, sink)
-
-        def run() -> None:
-            for reads_only in (True, False) if self.measures else (False,):
-                stream[grid](*fixed, self.width, reads_only, self.zero_grads, WORDS,
-                             num_warps=WARPS)  # fmt: skip
-
-        return run
+    rows = [
+        [gradient.clone(), gradient, *(torch.zeros_like(gradient) for _ in range(states))]
+        for gradient in gradients
+    ]
+    move = on_cpu if gradients[0].device.type == "cpu" else on_gpu
+    return move(rows, measures, zero_grads)
 
 
-class _Handle:
-    """A floor of the C library, freed with the last function that uses it."""
+def on_cpu(rows: Rows, measures: bool, zero_grads: bool) -> Callable[[], None]:
+    """A run of ``floor.c`` over rows of as many contiguous arrays, equal in bytes."""
+    code = library()
+    addresses = [tensor.data_ptr() for row in rows for tensor in row]
+    sizes = [row[0].nbytes for row in rows]
+    handle = code.floor_new(
+        (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * len(sizes))(*sizes),
+        len(sizes), len(rows[0]),
+    )  # fmt: skip
+    if handle is None:
+        raise MemoryError("no memory for the floor's list of pieces, or too many arrays a row")
 
-    def __init__(self, value: int) -> None:
-        self.value = value
+    def run(rows: Rows = rows) -> None:  # the arrays live as long as this does
+        threads = torch.get_num_threads()
+        if measures:
+            code.floor_read(handle, threads)
+        code.floor_move(handle, zero_grads, threads)
 
-    def __del__(self) -> None:
-        library().floor_free(self.value)
+    weakref.finalize(run, code.floor_free, handle)
+    return run
+
+
+def on_gpu(rows: Rows, measures: bool, zero_grads: bool) -> Callable[[], None]:
+    """The same by the kernel of ``stream``, on the device that the rows are on."""
+    from .stream import stream
+
+    if any(row[0].nbytes % 4 for row in rows):
+        raise ValueError("rows: got a number of bytes that is no multiple of 4")
+    device, width = rows[0][0].device, len(rows[0])
+    addresses = torch.tensor([[tensor.data_ptr() for tensor in row] for row in rows])
+    pieces = [
+        (index, begin, row[0].nbytes // 4)
+        for index, row in enumerate(rows)
+        for begin in range(0, row[0].nbytes // 4, WORDS)
+    ]
+    places, sink = addresses.to(device), torch.zeros(1, dtype=torch.int32, device=device)
+    table = torch.tensor(pieces, dtype=torch.int64).to(device)
+
+    def run(rows: Rows = rows) -> None:
+        for reads_only in (True, False) if measures else (False,):
+            stream[(len(pieces),)](
+                places, table, sink, width, reads_only, zero_grads, WORDS, num_warps=WARPS
+            )
+
+    return run

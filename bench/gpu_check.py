@@ -24,28 +24,24 @@ import contextlib
 import datetime
 import json
 import os
-import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch.utils import collect_env
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = "gpu_check.jsonl"
-Part = dict[str, Any]
+Row = dict[str, Any]
 # Tests that have a GPU's half.
 SUITES = ("device", "cuda", "step_options", "accumulation", "in_backward", "in_backward_hooks",
           "in_backward_windows", "pin_batch", "prefetcher", "tensor_loader")  # fmt: skip
@@ -55,212 +51,166 @@ GRACE = 10  # seconds for an interrupted command to tell what it found
 # Seconds a part may take; all of them together are held to --minutes.
 LIMITS = {"build": 300, "tests": 220, "figures": 200, "pipeline": 90, "graphs": 60, "bits": 100,
           "load": 60, "sanitizer": 90, "large": 60}  # fmt: skip
+NEEDS_A_GPU = ("graphs", "load", "sanitizer")
 
 
 class NotRunError(Exception):
     """A part cannot run here; says why."""
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended.
-
-    Attributes:
-        code: what it returned.
-        output: what it printed.
-    """
-
-    code: int
-    output: str
-
-    @property
-    def failed(self) -> bool:
-        """Whether it returned something else than 0."""
-        return self.code != 0
-
-    def tail(self, lines: int = 30) -> str:
-        """The end of what it printed."""
-        return "\n".join(self.output.splitlines()[-lines:])
-
-
-def run(command: list[str], limit: float, log: Path, **environment: str) -> Done:
-    """Runs a command in the checkout and adds what it prints to `log`.
-
-    One that takes too long is interrupted, as by Ctrl-C, so that pytest still tells what it found,
-    and raises `NotRunError`.
-    """
-    with log.open("a+") as file:
-        begin = file.tell()
-        environment = {**os.environ, **environment}
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            process.wait(max(limit, 1))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-            process.kill()
-            process.wait()
-            raise NotRunError(f"cut off after {limit:.0f} s") from None
-        file.seek(begin)
-        return Done(process.returncode, file.read())
+class FailedError(Exception):
+    """A part went wrong; says how."""
 
 
 class Check:
     """One run: the rows it found so far, and where they are written."""
 
     def __init__(self, out: Path, rehearse: bool, minutes: float, revision: str | None) -> None:
-        self.out = out
-        self.rehearse = rehearse
+        self.out, self.rehearse = out, rehearse
         self.end = time.monotonic() + 60 * minutes
         told = machine()
         self.revision = told["revision"] = revision or told["revision"]
-        self.rows: list[Part] = [{"job": "machine", "rehearsal": rehearse, **told}]
-        self.log = out / "check.log"
+        self.rows: list[Row] = [{"job": "machine", "rehearsal": rehearse, **told}]
+        self.found: list[Row] = []
+        self.limit, self.log, self.output = 0.0, out / "check.log", ""
 
-    def part(self, name: str, function: Callable[[float], Part]) -> Part:
+    def part(self, name: str, function: Callable[[], Row]) -> Row:
         """Runs a part within its limit and what is left of the whole; keeps what it found."""
-        limit = min(LIMITS[name.partition(":")[0]], self.end - time.monotonic())
-        start = time.monotonic()
+        kind, start = name.partition(":")[0], time.monotonic()
+        self.limit = min(LIMITS[kind], self.end - start)
         self.log = self.out / f"{re.sub('[^a-z0-9]+', '-', name)}.log"
         self.log.unlink(missing_ok=True)
         print(f"{name} ...", flush=True)
-        found: Part = {"job": "part", "part": name, "status": "passed"}
+        told: Row = {"job": "part", "part": name, "status": "passed"}
+        self.found = []
         try:
-            if limit < 5:
+            if self.limit < 5:
                 raise NotRunError("no time left")
-            found |= function(limit)
+            if self.rehearse and kind in NEEDS_A_GPU:
+                raise NotRunError("needs a GPU")
+            told |= function()
         except NotRunError as reason:
-            found |= {"status": "not run", "reason": str(reason)}
+            told |= {"status": "not run", "reason": str(reason)}
         except Exception as error:  # a failing part must not take the others with it
-            found |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-        found["seconds"] = round(time.monotonic() - start, 1)
-        rows = [{**row, "revision": self.revision} for row in found.pop("rows", [])]
-        if self.rehearse:
-            rows = [{**row, "rehearsal": True} for row in rows]
-        self.rows += [found, *rows]
+            said = str(error) if isinstance(error, FailedError) else repr(error)
+            told |= {"status": "failed", "reason": said}
+        told["seconds"] = round(time.monotonic() - start, 1)
+        more = {"revision": self.revision, **({"rehearsal": True} if self.rehearse else {})}
+        self.rows += [told, *({**row, **more} for row in self.found)]
         lines = [json.dumps(row, separators=(",", ":")) for row in self.rows]
-        (self.out / FILE).write_text("".join(f"{line}\n" for line in lines))
-        said = f": {found['reason'].strip().splitlines()[-1]}" if found.get("reason") else ""
-        print(f"  {found['status']} in {found['seconds']:.0f} s{said}", flush=True)
-        return found
+        (self.out / FILE).write_text("\n".join([*lines, ""]))
+        said = f": {told['reason'].strip().splitlines()[-1]}" if told.get("reason") else ""
+        print(f"  {told['status']} in {told['seconds']:.0f} s{said}", flush=True)
+        return told
+
+    def run(self, *command: str, **environment: str) -> int:
+        """Runs a command in the checkout and adds what it prints to the log.
+
+        One that takes too long is interrupted, as by Ctrl-C, so that pytest still tells what it
+        found, and has not run.
+        """
+        limited = ["timeout", "--signal=INT", f"--kill-after={GRACE}", f"{self.limit:.0f}"]
+        with self.log.open("a+") as file:
+            begin = file.tell()
+            code = subprocess.run(
+                [*limited, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+            ).returncode  # fmt: skip
+            file.seek(begin)
+            self.output = file.read()
+        if code in (124, 137):
+            raise NotRunError(f"cut off after {self.limit:.0f} s")
+        return code
+
+    def tail(self, lines: int = 30) -> str:
+        """The end of what the last command printed."""
+        return "\n".join(self.output.splitlines()[-lines:])
+
+    def succeed(self, *command: str, **environment: str) -> None:
+        """Runs a command that has to return 0."""
+        if self.run(*command, **environment):
+            raise FailedError(self.tail())
 
     # -- the parts --
 
-    def build(self, limit: float) -> Part:
+    def build(self) -> Row:
         """Compiles for this GPU alone; in a rehearsal, for an H100 and into a folder beside."""
-        command = [sys.executable, "setup.py", "build_ext"]
+        command = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q", "-e", "."]
         if self.rehearse:
             if shutil.which("nvcc") is None:
                 raise NotRunError("there is no nvcc")
-            architecture = "9.0"
-            command += ["--build-lib", str(self.out / "built")]
-        else:
-            architecture = ".".join(map(str, torch.cuda.get_device_capability()))
-            command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-            command += ["-q", "-e", "."]
-        start = time.monotonic()
-        done = run(
-            command, limit, self.log, FUSEDOPT_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture
-        )  # fmt: skip
-        return {
-            "architecture": architecture,
-            "build_seconds": round(time.monotonic() - start, 1),
-            **({"status": "failed", "reason": done.tail()} if done.failed else {}),
-        }
+            command = ["setup.py", "build_ext", "--build-lib", str(self.out / "built")]
+        capability = (9, 0) if self.rehearse else torch.cuda.get_device_capability()
+        architecture = ".".join(map(str, capability))
+        self.succeed(sys.executable, *command, FUSEDOPT_CUDA="1", TORCH_CUDA_ARCH_LIST=architecture)
+        return {"architecture": architecture}
 
-    def tests(self, limit: float, *arguments: str) -> Part:
+    def tests(self, *arguments: str) -> Row:
         """The tests that have a GPU's half, counted."""
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder, "report.xml")
-            command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
-            if find_spec("xdist") is not None:  # most of the time goes to Triton's compiler
-                command += ["-n", str(min(os.cpu_count() or 1, MOST_PROCESSES))]
-            done = run(command, limit, self.log)
-            text = report.read_text() if report.exists() else ""
-        counts = {
-            key: int(found.group(1)) if (found := re.search(rf'\b{key}="(\d+)"', text)) else None
-            for key in ("tests", "failures", "errors", "skipped")
-        }
-        if done.code == 5:  # pytest collected none
+        report = self.log.with_suffix(".xml")
+        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
+        if find_spec("xdist") is not None:  # most of the time goes to Triton's compiler
+            command += ["-n", str(min(os.cpu_count() or 1, MOST_PROCESSES))]
+        code = self.run(*command)
+        if code == 5:  # pytest collected none
             raise NotRunError("none of them is for this machine")
-        if not done.failed and counts["tests"] == counts["skipped"]:
+        counts = {}
+        if report.exists():
+            told = ElementTree.parse(report).getroot()[0].attrib
+            counts = {key: int(told[key]) for key in ("tests", "failures", "errors", "skipped")}
+        if code == 0 and counts["tests"] == counts["skipped"]:
             raise NotRunError("all of them were skipped")
-        failure = {"status": "failed", "reason": done.tail()} if done.failed else {}
-        return {"counts": counts, **failure}
+        return {"counts": counts, **({"status": "failed", "reason": self.tail()} if code else {})}
 
-    def module(self, part: str, limit: float) -> Part:
+    def module(self, part: str, *before: str, **environment: str) -> Row:
         """A part of gpu_parts; what it found before it failed or was cut off is kept."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "rows.json")
-            command = [sys.executable, "-m", "fusedopt.bench.gpu_parts", part, str(file)]
-            reason = ""
-            try:
-                done = run(command + ["--rehearse"] * self.rehearse, limit, self.log)
-                reason = done.tail() if done.failed else ""
-            except NotRunError as cut:
-                reason = str(cut)
-            rows = rows_in(file)
-        return {"rows": rows, **({"status": "failed", "reason": reason} if reason else {})}
+        file = self.log.with_suffix(".rows")
+        file.unlink(missing_ok=True)
+        command = [*before, sys.executable, "-m", "fusedopt.bench.gpu_parts", part, str(file)]
+        command += ["--rehearse"] * self.rehearse
+        # What the sanitizer watches ends by itself in half of the time: the other half is for
+        # starting, and for what is under way then.
+        command += [f"--seconds={self.limit / 2:.0f}"] * (part == "drive")
+        try:
+            self.succeed(*command, **environment)
+        except NotRunError as cut:
+            raise FailedError(str(cut)) from None
+        finally:
+            if file.exists():
+                self.found = [json.loads(line) for line in file.read_text().splitlines()]
+        return {}
 
-    def graphs(self, limit: float) -> Part:
-        """Replays, where there is a device to capture on."""
-        if self.rehearse:
-            raise NotRunError("needs a GPU")
-        return self.module("graphs", limit)
-
-    def load(self, limit: float) -> Part:
-        """The way of batches to the device."""
-        if self.rehearse:
-            raise NotRunError("needs a GPU")
-        return self.module("load", limit)
-
-    def bits(self, limit: float) -> Part:
+    def bits(self) -> Row:
         """Fails if a single element differs."""
-        found = self.module("bits", limit)
-        if any(row["differing"] for row in found["rows"]):
-            found["status"], found["reason"] = "failed", "elements differ from the CPU's"
-        return found
+        self.module("bits")
+        if any(row["differing"] for row in self.found):
+            raise FailedError("elements differ from the CPU's")
+        return {}
 
-    def sanitizer(self, tool: str, limit: float) -> Part:
-        """compute-sanitizer on a short run; one that cannot attach is not a failure.
-
-        The run ends by itself in half of the time: the other half is for starting, and for what is
-        under way then.
-        """
+    def sanitizer(self, tool: str) -> Row:
+        """compute-sanitizer on a short run; one that cannot attach is not a failure."""
         if shutil.which("compute-sanitizer") is None:
             raise NotRunError("there is no compute-sanitizer")
-        if self.rehearse:
-            raise NotRunError("needs a GPU")
         command = ["compute-sanitizer", "--tool", tool, "--show-backtrace", "device"]
         if tool != "initcheck":  # which has to see others' kernels write what ours read
             command += ["--kernel-name", "kns=fusedopt"]
-        command += [sys.executable, "-m", "fusedopt.bench.gpu_parts", "drive"]
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "rows.json")
-            done = run([*command, str(file), f"--seconds={limit / 2:.0f}"], limit, self.log,
-                       PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # fmt: skip
-            rows = rows_in(file)
-        found = sanitized(done.output)
-        if found is None:
-            raise NotRunError(f"it could not attach: {done.tail(3)}")
-        failed = found["in_our_kernels"] > 0 or done.failed or not rows
-        return {
-            **found,
-            "counts": Counter(f"{row['backend']} rules" for row in rows),
-            **({"status": "failed"} if failed else {}),
-            **({"reason": done.tail()} if failed or found["errors"] else {}),
-        }
+        failed = ""
+        try:
+            self.module("drive", *command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        except FailedError as error:
+            failed = str(error)
+        rows, self.found = self.found, []
+        told = sanitized(self.output)
+        if told is None:
+            raise NotRunError(f"it could not attach: {self.tail(3)}")
+        if told["in_our_kernels"] or failed or not rows:
+            told |= {"status": "failed", "reason": self.tail()}
+        elif told["errors"]:
+            told["reason"] = self.tail()
+        return {**told, "counts": Counter(f"{row['backend']} rules" for row in rows)}
 
 
-def rows_in(file: Path) -> list[Part]:
-    """The rows of a file that may not be there."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def sanitized(output: str) -> Part | None:
+def sanitized(output: str) -> Row | None:
     """What compute-sanitizer found; None where it could not attach.
 
     A kernel of ours is `fusedopt::...` in CUDA, `fusedopt_...` in Triton.
@@ -273,76 +223,37 @@ def sanitized(output: str) -> Part | None:
     return {"errors": int(errors.group(1) or errors.group(2)), "in_our_kernels": len(ours)}
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Row:
     """Device, driver, versions and revision."""
-    told: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "revision": first_line("git", "describe", "--always", "--dirty", "--exclude", "*"),
-        "nvcc": first_line("nvcc", "--version", pattern=r"release ([\d.]+)"),
-        "triton": None,
-        "machine": None,
-    }
-    try:
-        import triton
 
-        told["triton"] = triton.__version__
-    except ImportError:
-        pass
+    def first_line(command: str, pattern: str = "(.*)") -> str | None:
+        return collect_env.run_and_parse_first_match(collect_env.run, command, pattern)
+
+    triton = find_spec("triton") and __import__("triton").__version__
+    told: Row = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,
+        "revision": first_line(f"git -C {ROOT} describe --always --dirty --exclude '*'"),
+        "nvcc": first_line("nvcc --version", r"release ([\d.]+)"), "triton": triton,
+        "machine": None,
+    }  # fmt: skip
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        gpu = torch.cuda.get_device_properties(0)
         told |= {
-            "machine": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "driver": first_line(
-                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-            ),
-        }
+            "machine": gpu.name, "capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count, "memory_bytes": gpu.total_memory,
+            "driver": first_line("nvidia-smi --query-gpu=driver_version --format=csv,noheader"),
+        }  # fmt: skip
     return told
 
 
-def first_line(*command: str, pattern: str = "(.*)") -> str | None:
-    """What a pattern finds in a command's output; None without the command."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.search(pattern, done.stdout)
-    return found.group(1).strip() if found else None
-
-
-def show(rows: Sequence[Part]) -> None:
-    """Prints the tables; without a built package, that of the parts alone."""
-    console = Console(width=150)
+def show(rows: Sequence[Row]) -> None:
+    """Prints the tables, as far as the package was built."""
     with contextlib.suppress(ImportError):
-        from fusedopt.bench import report, tables
-        from fusedopt.bench.rows import grouped, steps
+        from fusedopt.bench import gpu_tables, tables
+        from fusedopt.bench.console import Run
 
-        def of(job: str) -> list[Part]:
-            return [row for row in rows if row["job"] == job and "missing" not in row]
-
-        made = [tables.step_table(found) for found in grouped(of("step"), "workload").values()]
-        made += [tables.pipeline_table(found)
-                 for found in grouped(of("pipeline"), "workload").values()]  # fmt: skip
-        if steps(rows):
-            words = ["workload", "optimizer", "dtype", "provider"]
-            made.append(tables.device_table(of("step"), words))
-            made.append(tables.device_table(of("pipeline"), ["workload", "chain", "provider"]))
-        if of("transfer"):
-            made.append(tables.transfer_table(of("transfer")))
-        for table in [*made, report.goals(rows)]:
-            console.print(table.to_rich())
-    table = Table("part", "status", "seconds", "what", title=rows[0]["machine"] or "a rehearsal")
-    for part in [row for row in rows if row["job"] == "part"]:
-        counts = part.get("counts", {})
-        said = part.get("reason") or ", ".join(f"{count} {key}" for key, count in counts.items())
-        last = (said.strip().splitlines() or [""])[-1]
-        table.add_row(part["part"], part["status"], f"{part['seconds']:.0f}", last[:70])
-    console.print(table)
+        Run().show([*tables.of(rows), gpu_tables.goals(rows)])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -363,31 +274,24 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     check = Check(options.out.resolve(), options.rehearse, options.minutes, options.revision)
     print(json.dumps(check.rows[0], indent=1), flush=True)
-    wanted = options.parts
-    if "build" in wanted:
-        built = check.part("build", check.build)
-        if built["status"] != "passed" and not options.rehearse:
-            wanted = []
     # What runs on the host, other machines run.
     on_a_gpu = "(cuda or triton or on_a_gpu) and not rehearsal and not interpreted"
     suites = [f"tests/test_{name}.py" for name in SUITES]
     chosen = ["-k", "one_launch or replays" if options.rehearse else on_a_gpu, "-m", "not slow"]
-    parts: dict[str, Callable[[float], Part]] = {
-        "tests": lambda limit: check.tests(limit, *suites, *chosen),
+    parts: dict[str, Callable[[], Row]] = {
+        "build": check.build,
+        "tests": lambda: check.tests(*suites, *chosen),
         "bits": check.bits,
-        "figures": lambda limit: check.module("figures", limit),
-        "pipeline": lambda limit: check.module("pipeline", limit),
-        "graphs": check.graphs,
-        "load": check.load,
-        "large": lambda limit: check.tests(limit, "tests/test_cuda.py", "-m", "slow"),
-        **{
-            f"sanitizer: {tool}": lambda limit, tool=tool: check.sanitizer(tool, limit)
-            for tool in SANITIZERS
-        },
-    }
+        **{name: lambda name=name: check.module(name)
+           for name in ("figures", "pipeline", "graphs", "load")},
+        "large": lambda: check.tests("tests/test_cuda.py", "-m", "slow"),
+        **{f"sanitizer: {tool}": lambda tool=tool: check.sanitizer(tool) for tool in SANITIZERS},
+    }  # fmt: skip
     for name, part in parts.items():
-        if name.partition(":")[0] in wanted:
-            check.part(name, part)
+        if name.partition(":")[0] in options.parts:
+            told = check.part(name, part)
+            if name == "build" and told["status"] != "passed" and not options.rehearse:
+                break
     show(check.rows)
     return int(any(row.get("status") == "failed" for row in check.rows))
 

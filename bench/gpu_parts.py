@@ -1,19 +1,18 @@
 """The parts of the GPU check that need the built package; `gpu_check` runs each in a process.
 
-``python -m fusedopt.bench.gpu_parts PART FILE [--rehearse]`` writes what it found to FILE as JSON,
-a row at a time, so that a part which is cut off keeps what it measured.
+``python -m fusedopt.bench.gpu_parts PART FILE [--rehearse]`` writes what it found to FILE, a row at
+a time, so that a part which is cut off keeps what it measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
 import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from timeit import default_timer as _now  # torch.utils.benchmark's waits for the device
+from timeit import default_timer
 from typing import Any
 
 import torch
@@ -22,82 +21,64 @@ import fusedopt
 from fusedopt._extension import _C
 
 from . import load, optimizers, pipeline, rows, step
-from .providers import OWN, PROVIDERS, imported
+from .providers import PROVIDERS, parameters_with
 from .rows import Row
-from .timing import time_once
+from .timing import measure, time_once
 from .workloads import WORKLOADS
 
-# (workload, optimizer, dtype), by what they are worth if the time runs out.
+OWN = ("torch-default", "torch-foreach", "torch-fused", "fusedopt", "fusedopt-triton", "floor")
+# (workload, optimizer, dtype) of the step job and (workload, chain) of the pipeline job, by what
+# they are worth if the time runs out.
 FIGURES = (
-    ("billion", "AdamW", "float32"),
-    ("swarm", "AdamW", "float32"),
-    ("thousand", "AdamW", "float32"),
-    ("groups", "AdamW", "float32"),
-    ("one", "AdamW", "float32"),
-    ("hundred", "RMSprop", "float32"),
-    ("gpt2", "AdamW", "float32"),
-    ("huge", "AdamW", "bfloat16"),
-    ("huge", "SGD", "float32"),
-    ("huge", "Adagrad", "float32"),
-    ("huge", "Adam", "float32"),
-    ("many", "AdamW", "float32"),
+    *(("billion", "AdamW", "float32"), ("swarm", "AdamW", "float32")),
+    *(("thousand", "AdamW", "float32"), ("groups", "AdamW", "float32")),
+    *(("one", "AdamW", "float32"), ("hundred", "RMSprop", "float32")),
+    *(("gpt2", "AdamW", "float32"), ("huge", "AdamW", "bfloat16")),
+    *(("huge", "SGD", "float32"), ("huge", "Adagrad", "float32")),
+    *(("huge", "Adam", "float32"), ("many", "AdamW", "float32")),
 )
-# (workload, chain) of the pipeline job, likewise.
 CHAINS = (
-    ("hundred", "clip"),
-    ("gpt2", "clip"),
-    ("gpt2", "ema"),
-    ("many", "clip"),
-    ("gpt2", "clip-none"),
-    ("swarm", "clip"),
-    ("one", "ema"),
+    *(("hundred", "clip"), ("gpt2", "clip"), ("gpt2", "ema"), ("many", "clip")),
+    *(("gpt2", "clip-none"), ("swarm", "clip"), ("one", "ema")),
 )
+REHEARSED = ("one", "groups")
 ROUNDS = 20
 SECONDS = 1.5  # that a step may take over all rounds before it sits some out
-
-
-# ---- how long a step takes -----------------------------------------------------------------------
+STORAGES = (
+    *((torch.float32, None), (torch.float64, None), (torch.bfloat16, None)),
+    *((torch.bfloat16, torch.float32), (torch.float16, None), (torch.float16, torch.float32)),
+)
+SIZES = (0, 1, 7, 64, 4097, 70_001, 1_000_003)
 
 
 def figures(device: str, rehearse: bool) -> Iterator[Row]:
     """Times of the step beside torch's and beside a kernel of the same traffic."""
-    for workload, optimizer, dtype in FIGURES:
-        if rehearse and workload not in ("one", "groups"):
+    for kind in FIGURES:
+        if rehearse and kind[0] not in REHEARSED:
             continue
-        wanted = list(OWN)  # the Triton kernels too
-        if workload == "billion":  # the temporaries of foreach, torch's default on a GPU, are large
-            wanted = [name for name in wanted if name not in ("torch-default", "torch-foreach")]
-        task = step.Task(workload, optimizer, dtype, device)
-        for found in step.measure([task], wanted, 2 if rehearse else ROUNDS, SECONDS):
-            yield from found
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        # The temporaries of foreach, torch's default on a GPU, are large.
+        wanted = OWN[2:] if kind[0] == "billion" else OWN
+        yield from measure(step.task(*kind, device, wanted), 2 if rehearse else ROUNDS, SECONDS)
 
 
 def chains(device: str, rehearse: bool) -> Iterator[Row]:
     """Times of the step and what is around it, as torch's chain and as one call."""
     for workload, chain in CHAINS:
-        if rehearse and workload != "one":
+        if rehearse and workload not in REHEARSED:
             continue
-        task = pipeline.Task(workload, chain, "AdamW", device)
-        for found in pipeline.measure([task], 2 if rehearse else ROUNDS, SECONDS):
-            yield from found
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        task = pipeline.task(workload, chain, "AdamW", device)
+        yield from measure(task, 2 if rehearse else ROUNDS, SECONDS)
 
 
 def graphs(device: str, rehearse: bool) -> Iterator[Row]:
     """The step captured in a CUDA graph, replayed."""
     for workload in ("swarm", "thousand"):
         for name in ("fusedopt", "fusedopt-triton", "torch-fused"):
-            provider = PROVIDERS[name]
-            grads = step.make_gradients(WORKLOADS[workload], torch.float32, device)
-            params = [torch.nn.Parameter(grad.clone()) for grad in grads]
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad
-            flags = {"fused": True, "capturable": True} | provider.keywords
-            cls = imported(f"{provider.library}.AdamW")
-            made = cls(params, lr=optimizers.STEP_LR, **flags)
+            params = parameters_with(
+                step.make_gradients(WORKLOADS[workload], torch.float32, device)
+            )
+            flags = {"capturable": True} if "torch" in name else {"fused": True, "capturable": True}
+            made = PROVIDERS[name].stepping("AdamW", params, False, **flags)
             made.step()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -112,14 +93,15 @@ def graphs(device: str, rehearse: bool) -> Iterator[Row]:
 
 def transfers(device: str, rehearse: bool) -> Iterator[Row]:
     """Rates of batches on their way to the device, beside a memcpy's."""
-    for size in load.TRANSFERS:
-        yield load.transfer(size)
+    yield from map(load.transfer, load.TRANSFERS)
 
 
-# ---- the same bits -------------------------------------------------------------------------------
-
-
-SIZES = (0, 1, 7, 64, 4097, 70_001, 1_000_003)
+def walk(made: Any, params: list[torch.nn.Parameter], steps: int) -> None:
+    """Takes steps with random gradients, the same on every device."""
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn_like(param, device="cpu").to(param.device)
+        made.step()
 
 
 def trajectory(
@@ -133,10 +115,7 @@ def trajectory(
         params = [torch.nn.Parameter(torch.randn(n).to(where, dtype)) for n in SIZES]
         kinds = {"backend": backend, "state_dtype": state_dtype}
         made = getattr(fusedopt, name)(params, **kinds, **kwargs)
-        for _ in range(steps):
-            for param in params:
-                param.grad = torch.randn(param.shape).to(where, dtype)
-            made.step()
+        walk(made, params, steps)
         for param in params:
             states = [v for v in made.state.get(param, {}).values() if torch.is_tensor(v)]
             found += [tensor.detach().cpu() for tensor in (param, *states)]
@@ -145,16 +124,11 @@ def trajectory(
 
 def bits(device: str, rehearse: bool) -> Iterator[Row]:
     """Every rule and storage type by every backend and by the CPU's, element by element."""
-    backends = ("cpu",) if rehearse else ("cuda", "triton")
     for name in optimizers.names():
-        for dtype, state_dtype in (
-            (torch.float32, None), (torch.float64, None),
-            (torch.bfloat16, None), (torch.bfloat16, torch.float32),
-            (torch.float16, None), (torch.float16, torch.float32),
-        ):  # fmt: skip
+        for dtype, state_dtype in STORAGES:
             kinds = (dtype, state_dtype, 2 if rehearse else 4)
             wanted = trajectory(name, "cpu", *kinds)
-            for backend in backends:
+            for backend in ("cpu",) if rehearse else ("cuda", "triton"):
                 found = trajectory(name, backend, *kinds)
                 pairs = [(a.view(-1), b.view(-1)) for a, b in zip(found, wanted, strict=True)]
                 yield {"job": "bits", "optimizer": name, "backend": backend, "dtype": str(dtype),
@@ -162,8 +136,6 @@ def bits(device: str, rehearse: bool) -> Iterator[Row]:
                        "compared": sum(a.numel() for a, _ in pairs),
                        "differing": sum(int((a != b).sum()) for a, b in pairs)}  # fmt: skip
 
-
-# ---- what compute-sanitizer watches --------------------------------------------------------------
 
 IN_THE_STEP = {"max_grad_norm": 1.0, "skip_nonfinite": True, "ema_decay": 0.9, "zero_grads": True,
                "accumulation_steps": 2}  # fmt: skip
@@ -174,20 +146,13 @@ def drive_some(name: str, device: str, dtype: torch.dtype, **kwargs: Any) -> Non
     base = torch.randn(3000, device=device, dtype=dtype)
     views = [base[1:38], base[64:1100], base[1100:1700].view(20, 30).t(), base[1700:1700]]
     params = [torch.nn.Parameter(view) for view in views]
-
-    def steps(made: Any, count: int) -> None:
-        for _ in range(count):
-            for param in params:
-                param.grad = torch.randn_like(param)
-            made.step()
-
-    steps(getattr(fusedopt, name)(params, **kwargs), 2)
-    if "fused" in inspect.signature(getattr(torch.optim, name)).parameters:
+    walk(getattr(fusedopt, name)(params, **kwargs), params, 2)
+    if not PROVIDERS["torch-fused"].unavailable(name, device="cpu"):
         made = getattr(fusedopt, name)(params, fused=True, **kwargs)
         made.grad_scale = torch.full((), 2.0, device=device)
         made.found_inf = torch.zeros((), device=device)
-        steps(made, 2)
-    steps(getattr(fusedopt, name)(params, **IN_THE_STEP, **kwargs), 4)  # two windows
+        walk(made, params, 2)
+    walk(getattr(fusedopt, name)(params, **IN_THE_STEP, **kwargs), params, 4)  # two windows
 
 
 def drive(device: str, rehearse: bool, seconds: float = math.inf) -> Iterator[Row]:
@@ -195,26 +160,19 @@ def drive(device: str, rehearse: bool, seconds: float = math.inf) -> Iterator[Ro
 
     How far it gets under compute-sanitizer nobody knows, and one that is cut off tells nothing.
     """
-    end = _now() + seconds
-    backends = ("cpu",) if rehearse else ("cuda", "triton")
-    for backend in backends:
+    end = default_timer() + seconds
+    for backend in ("cpu",) if rehearse else ("cuda", "triton"):
         for name in optimizers.names():
             for dtype in (torch.float32, torch.bfloat16):
-                if _now() > end:
+                if default_timer() > end:
                     return
                 for kwargs in optimizers.variants(name):
                     drive_some(name, device, dtype, backend=backend, **kwargs)
                 yield {"job": "drive", "optimizer": name, "backend": backend, "dtype": str(dtype)}
 
 
-PARTS = {
-    "figures": figures,
-    "pipeline": chains,
-    "graphs": graphs,
-    "load": transfers,
-    "bits": bits,
-    "drive": drive,
-}
+PARTS = {"figures": figures, "pipeline": chains, "graphs": graphs, "load": transfers, "bits": bits,
+         "drive": drive}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

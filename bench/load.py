@@ -25,22 +25,21 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from fusedopt.data import DevicePrefetcher, TensorLoader
 
 from .rows import CANDIDATE, FLOOR, Row
-from .timing import Race, Stats, run_race, time_once
+from .timing import Advance, Entrant, Step, Task, measure, run_race, time_once
 
 Batch = list[torch.Tensor]
-Epoch = Callable[[], None]
 
 MIB = 2**20
 SETTLING = 0.5  # seconds for the threads of one feed, before the next
 TRANSFERS = (1, 4, 16, 64)  # MiB of a batch
 BATCHES = 256  # of a pass over a batch size on a GPU: it begins once for all of them
+STANDARD = ("mnist", "images", "table")
 
 
 @dataclass(frozen=True)
 class Rows:
     """A data set in memory, of rows of a shape and type, and how it is cut."""
 
-    name: str
     summary: str
     rows: int
     shape: tuple[int, ...]
@@ -63,17 +62,19 @@ class Rows:
 
 
 WORKLOADS = {
-    work.name: work
-    for work in (
-        Rows("mnist", "60,000 x 784, fp32", 60_000, (784,), torch.float32, 256),
-        Rows("images", "4,096 x 3 x 96 x 96, uint8", 4096, (3, 96, 96), torch.uint8, 128),
-        Rows("features", "16,384 x 4,096, fp32", 16_384, (4096,), torch.float32, 1024),
-        Rows("table", "200,000 x 16, fp32", 200_000, (16,), torch.float32, 1024),
-    )
+    "mnist": Rows("60,000 x 784, fp32", 60_000, (784,), torch.float32, 256),
+    "images": Rows("4,096 x 3 x 96 x 96, uint8", 4096, (3, 96, 96), torch.uint8, 128),
+    "features": Rows("16,384 x 4,096, fp32", 16_384, (4096,), torch.float32, 1024),
+    "table": Rows("200,000 x 16, fp32", 200_000, (16,), torch.float32, 1024),
 }
 
 
 # ---- the feeds: each makes an epoch's function of (device, data, work) ----
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def _drain(batches: Iterable[Any], device: str) -> None:
@@ -81,12 +82,11 @@ def _drain(batches: Iterable[Any], device: str) -> None:
     for batch in batches:
         if device != "cpu":
             batch = [tensor.to(device, non_blocking=True) for tensor in batch]
-    if device != "cpu":
-        torch.cuda.synchronize()
+    _wait(device)
 
 
-def _dataloader(workers: int) -> Callable[[str, Batch, Rows], Epoch]:
-    def build(device: str, data: Batch, work: Rows) -> Epoch:
+def _dataloader(workers: int) -> Callable[[str, Batch, Rows], Step]:
+    def build(device: str, data: Batch, work: Rows) -> Step:
         loader = DataLoader(
             TensorDataset(*data), work.batch_size, shuffle=True, num_workers=workers,
             pin_memory=device != "cpu", persistent_workers=workers > 0,
@@ -96,18 +96,22 @@ def _dataloader(workers: int) -> Callable[[str, Batch, Rows], Epoch]:
     return build
 
 
-def _batched(device: str, data: Batch, work: Rows) -> Epoch:
+def _batches_of(dataset: TensorDataset, work: Rows) -> BatchSampler:
+    return BatchSampler(RandomSampler(dataset), work.batch_size, drop_last=False)
+
+
+def _batched(device: str, data: Batch, work: Rows) -> Step:
     dataset = TensorDataset(*data)
-    sampler = BatchSampler(RandomSampler(dataset), work.batch_size, drop_last=False)
+    sampler = _batches_of(dataset, work)
     loader = DataLoader(dataset, batch_size=None, sampler=sampler, pin_memory=device != "cpu")
     return lambda: _drain(loader, device)
 
 
-def _torchdata(device: str, data: Batch, work: Rows) -> Epoch:
+def _torchdata(device: str, data: Batch, work: Rows) -> Step:
     from torchdata import nodes  # type: ignore[import-untyped]
 
     dataset = TensorDataset(*data)
-    sampler = BatchSampler(RandomSampler(dataset), work.batch_size, drop_last=False)
+    sampler = _batches_of(dataset, work)
 
     def epoch() -> None:
         # Anew each time, since one that is kept begins the next epoch in its threads at once.
@@ -120,7 +124,7 @@ def _torchdata(device: str, data: Batch, work: Rows) -> Epoch:
     return epoch
 
 
-def _index_select(device: str, data: Batch, work: Rows) -> Epoch:
+def _index_select(device: str, data: Batch, work: Rows) -> Step:
     def batches() -> Iterator[Batch]:
         for index in torch.randperm(work.rows).split(work.batch_size):
             yield [tensor.index_select(0, index) for tensor in data]
@@ -128,19 +132,18 @@ def _index_select(device: str, data: Batch, work: Rows) -> Epoch:
     return lambda: _drain(batches(), device)
 
 
-def _fusedopt(device: str, data: Batch, work: Rows) -> Epoch:
+def _fusedopt(device: str, data: Batch, work: Rows) -> Step:
     loader = TensorLoader(*data, batch_size=work.batch_size, shuffle=True, device=device)
 
     def epoch() -> None:
         for batch in loader:
             del batch
-        if device != "cpu":
-            torch.cuda.synchronize()
+        _wait(device)
 
     return epoch
 
 
-def _floor(device: str, data: Batch, work: Rows) -> Epoch:
+def _floor(device: str, data: Batch, work: Rows) -> Step:
     """The same bytes, batch by batch, by memcpy: into one buffer, or from one to the GPU."""
     made = [torch.zeros_like(tensor[: work.batch_size], device=device) for tensor in data]
     parts = list(zip(*(tensor.split(work.batch_size) for tensor in data), strict=True))
@@ -152,8 +155,7 @@ def _floor(device: str, data: Batch, work: Rows) -> Epoch:
         for part in parts:
             for to, tensor in zip(made, part, strict=True):
                 to[: len(tensor)].copy_(tensor, non_blocking=True)
-        if device != "cpu":
-            torch.cuda.synchronize()
+        _wait(device)
 
     return epoch
 
@@ -163,12 +165,11 @@ class Feed:
     """A way to go through the batches of an epoch; `needs` is a package.
 
     One that lingers has threads or processes of its own, which do not end with an epoch and slow
-    down whoever comes after them: it races against ours alone, afterwards.
+    down whoever comes after them: it races against ours alone, before the others.
     """
 
-    name: str
     title: str
-    build: Callable[[str, Batch, Rows], Epoch]
+    build: Callable[[str, Batch, Rows], Step]
     needs: str = "torch"
     lingers: bool = False
 
@@ -178,55 +179,45 @@ class Feed:
 
 
 FEEDS = {
-    feed.name: feed
-    for feed in (
-        Feed("dataloader", "DataLoader", _dataloader(0)),
-        Feed("dataloader-2", "DataLoader, 2 workers", _dataloader(2), lingers=True),
-        Feed("dataloader-batched", "DataLoader, batches indexed", _batched),
-        Feed("torchdata", "torchdata nodes", _torchdata, "torchdata", lingers=True),
-        Feed("index_select", "index_select loop", _index_select),
-        Feed(CANDIDATE, "TensorLoader", _fusedopt),
-        Feed(FLOOR, "memcpy floor", _floor),
-    )
+    "dataloader": Feed("DataLoader", _dataloader(0)),
+    "dataloader-2": Feed("DataLoader, 2 workers", _dataloader(2), lingers=True),
+    "dataloader-batched": Feed("DataLoader, batches indexed", _batched),
+    "torchdata": Feed("torchdata nodes", _torchdata, "torchdata", lingers=True),
+    "index_select": Feed("index_select loop", _index_select),
+    CANDIDATE: Feed("TensorLoader", _fusedopt),
+    FLOOR: Feed("memcpy floor", _floor),
 }
 
 
-def measure(
-    names: Sequence[str], wanted: Sequence[str], device: str, rounds: int, seconds: float,
-    advance: Callable[[str], None] = lambda label: None,
-) -> Iterator[list[Row]]:  # fmt: skip
-    """Races the feeds `wanted` over each set of rows; yields a row a feed.
+def plan(workload: str, feeds: Sequence[str], device: str) -> list[Task]:
+    """The races over a set of rows: of the feeds that linger against ours, then of the others."""
+    work = WORKLOADS[workload]
+    lingering = [name for name in feeds if FEEDS[name].lingers]
+    others = [name for name in feeds if name not in lingering]
+    alone = lingering and [*lingering, *({CANDIDATE} & {*others})]
 
-    A feed that takes more than `seconds` of a set sits rounds out.
-    """
-    for name in names:
-        work = WORKLOADS[name]
-        data, missing, epochs = work.tensors(), {}, {}
-        for feed in wanted:
-            if reason := FEEDS[feed].unavailable():
-                missing[feed] = reason
-            else:
-                epochs[feed] = FEEDS[feed].build(device, data, work)
-        alone = {feed: epoch for feed, epoch in epochs.items() if FEEDS[feed].lingers}
-        together = {feed: epoch for feed, epoch in epochs.items() if feed not in alone}
-        if alone and CANDIDATE in together:
-            alone[CANDIDATE] = together[CANDIDATE]
-        common = {"job": "load", "workload": name, "device": device, "rows": work.rows,
-                  "batch_size": work.batch_size, "bytes": work.rows * work.row_bytes}  # fmt: skip
-        found = {}
-        for entrants in (alone, together):
-            race = Race()
-            if entrants:
-                run_race(race, entrants, rounds, seconds, lambda label=name: advance(label),
-                         dict.fromkeys(entrants, _settle))  # fmt: skip
-            for feed in race.seconds:
-                row = {**common, "provider": feed, **race.columns(feed)}
-                if ratio := race.ratio(feed, CANDIDATE):
-                    row["over_fusedopt"] = ratio.median
-                found[feed] = row
-        for feed, reason in missing.items():
-            found[feed] = {**common, "provider": feed, "missing": reason}
-        yield [found[feed] for feed in wanted]
+    def task(chosen: Sequence[str]) -> Task:
+        def build() -> dict[str, Entrant | str]:
+            data = work.tensors()
+            return {
+                name: FEEDS[name].unavailable()
+                or Entrant(FEEDS[name].build(device, data, work), before=_settle)
+                for name in chosen
+            }
+
+        size = work.rows * work.row_bytes
+        columns = {"job": "load", "workload": workload, "device": device, "rows": work.rows,
+                   "batch_size": work.batch_size, "bytes": size}  # fmt: skip
+        return Task(columns, build, CANDIDATE, 2 * size)
+
+    return [task(chosen) for chosen in (alone, others) if chosen]
+
+
+def race(task: Task, rounds: int, seconds: float, advance: Advance) -> list[Row]:
+    """The rows of a race, without ours where it ran beside feeds that linger."""
+    found = measure(task, rounds, seconds, advance)
+    slowed = any(FEEDS[row["provider"]].lingers for row in found)
+    return [row for row in found if not (slowed and row["provider"] == CANDIDATE)]
 
 
 def _settle() -> None:
@@ -238,18 +229,6 @@ def _settle() -> None:
 
 
 # ---- on a GPU ----
-
-
-class Repeated:
-    """A loader of one batch, in page-locked memory or not, many times over."""
-
-    def __init__(self, tensor: torch.Tensor, count: int) -> None:
-        self.tensor = tensor
-        self.count = count
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for _ in range(self.count):
-            yield self.tensor
 
 
 def transfer(mib: int, rounds: int = 5) -> Row:
@@ -265,14 +244,14 @@ def transfer(mib: int, rounds: int = 5) -> Row:
             there.copy_(pinned, non_blocking=True)
         torch.cuda.synchronize()
 
-    def passes(loader: Any, work: Callable[[], object]) -> Epoch:
+    def passes(loader: Any, work: Step = lambda: None) -> Entrant:
         def run() -> None:
             for batch in loader:
                 work()
                 del batch
             torch.cuda.synchronize()
 
-        return run
+        return Entrant(run)
 
     copy_seconds = statistics.median(time_once(copies) for _ in range(5)) / BATCHES
     cycles = int(1.5 * copy_seconds * 1.7e9)  # a kernel half as long again as a copy
@@ -281,34 +260,31 @@ def transfer(mib: int, rounds: int = 5) -> Row:
         torch.cuda._sleep(cycles)
         index.add_(1)
 
-    ready = DevicePrefetcher(Repeated(pinned, BATCHES), "cuda")
+    ready = DevicePrefetcher([pinned] * BATCHES, "cuda")
     gathered = TensorLoader(rows, batch_size=1024, shuffle=True, device="cuda")
-    race = Race()
-    steps = {
-        "memcpy": copies,
-        "prefetcher": passes(ready, lambda: None),
-        "loader": passes(gathered, lambda: None),
+    entrants = {
+        "memcpy": Entrant(copies),
+        "prefetcher": passes(ready),
+        "loader": passes(gathered),
         "compute": passes(range(BATCHES), sleep),
         "prefetcher, compute": passes(ready, sleep),
     }
-    run_race(race, steps, rounds, 10.0)
-    seconds = {name: race.stats(name).median / BATCHES for name in steps}
+    race = run_race(entrants, rounds, 10.0)
+    seconds = {name: race.stats(name).median / BATCHES for name in entrants}
     seconds["loader"] *= BATCHES / len(gathered)
     rates = {n: bytes_each / seconds[n] for n in ("memcpy", "prefetcher", "loader")}
     share = race.ratio("memcpy", "prefetcher")
     assert share is not None
+    columns = ("memcpy", "compute", "prefetcher, compute")
     hidden = [
         (copied + computed - both) / copied
-        for copied, computed, both in zip(
-            race.seconds["memcpy"], race.seconds["compute"], race.seconds["prefetcher, compute"],
-            strict=True,
-        )
+        for copied, computed, both in zip(*map(race.seconds.get, columns), strict=True)
         if not math.isnan(copied + computed + both)
-    ]  # fmt: skip
+    ]
     return {
         "job": "transfer", "device": "cuda", "batch_mib": mib, "bytes_per_second": rates,
         "prefetcher_share": share.median, "loader_share": rates["loader"] / rates["memcpy"],
-        "hidden": Stats.of(hidden).median, "host_us": _host_microseconds(ready),
+        "hidden": statistics.median(hidden), "host_us": _host_microseconds(ready),
     }  # fmt: skip
 
 

@@ -48,15 +48,10 @@ STEP_LR = 1e-6
 
 def names() -> list[str]:
     """Names of the optimizers fusedopt exports, those of ``SETTINGS`` first and in its order."""
-    exported = [
-        name
-        for name, value in vars(fusedopt).items()
-        if isinstance(value, type)
-        and issubclass(value, torch.optim.Optimizer)
-        and not name.startswith("_")
-    ]
-    known = [name for name in SETTINGS if name in exported]
-    return known + sorted(set(exported) - set(known))
+    found = {name: getattr(fusedopt, name) for name in fusedopt.__all__}
+    kind = torch.optim.Optimizer
+    exported = {n for n, cls in found.items() if isinstance(cls, type) and issubclass(cls, kind)}
+    return [*filter(exported.__contains__, SETTINGS), *sorted(exported - SETTINGS.keys())]
 
 
 def settings(name: str) -> Settings:

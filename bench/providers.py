@@ -1,10 +1,10 @@
 """Who can take a step: torch, other libraries, fusedopt and the traffic floor, in one table.
 
 Every provider builds its own parameters (copies of the gradients, which all share) and its own
-states, takes its steps on them and drops them with the step it returned. To add a library, add a
-`Provider` to ``PEERS``. Every class is given torch's defaults by name, for libraries have others
-(optimi's eps is 1e-6), and only equal work can be compared; whether it then does the same
-arithmetic, `parity` checks.
+states, and drops them with the entrant it returned. To add a library, add a `Provider` to
+``PEERS``. Every class is given torch's defaults by name, for libraries have others (optimi's eps is
+1e-6), and only equal work can be compared; whether it then does the same arithmetic, `parity`
+checks.
 """
 
 from __future__ import annotations
@@ -29,22 +29,7 @@ import torch
 from fusedopt._extension import _C
 
 from . import floor, optimizers
-from .timing import Step
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A step ready to be timed, and the optimizer that takes it, where there is one."""
-
-    step: Step
-    optimizer: Any = None
-
-    def backends(self) -> str:
-        """Backends of a fusedopt optimizer's parameters, such as ``cpu: 148``; else empty."""
-        if not hasattr(self.optimizer, "routes"):
-            return ""
-        counts = Counter(route.backend for route in self.optimizer.routes())
-        return ", ".join(f"{backend}: {count}" for backend, count in sorted(counts.items()))
+from .timing import Entrant, Step
 
 
 @dataclass(frozen=True)
@@ -86,28 +71,25 @@ class Provider:
         """Whether the library is there; it may still not work here."""
         return importlib.util.find_spec(self.library.partition(".")[0]) is not None
 
-    def offers(self, optimizer: str, device: str) -> bool:
-        """Whether it may have a step for `optimizer`: it is not tried."""
-        if not self.installed() or device not in self.devices:
-            return False
-        if self.classes is not None:
-            return optimizer in self.classes
-        return hasattr(importlib.import_module(self.library), optimizer)
-
     def unavailable(
-        self, optimizer: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> str:
-        """Why there is no step for `optimizer` on `dtype`; empty when one was taken."""
+        self, optimizer: str, dtype: torch.dtype = torch.float32, device: str = "cpu",
+        tensors: int = 1,
+    ) -> str:  # fmt: skip
+        """Why there is no step for `optimizer` on so many tensors; empty when one was taken."""
+        if tensors > self.most_tensors:
+            return f"{tensors:,} tensors are more than {self.most_tensors:,} for it"
         if not self.installed():
             return f"{self.library} is not installed; {self.remedy}"
         if device not in self.devices:
             return f"{self.title} does not run on {device}"
-        if not self.offers(optimizer, device):
-            return f"{self.title if self.is_peer else self.library} has no {optimizer}"
         if self.tier and (device != "cpu" or self.tier not in _C.available_tiers()):
             return f"tier {self.tier} does not run on this machine's {device}"
+        if self.classes is not None and optimizer not in self.classes:
+            return f"{self.title} has no {optimizer}"
         if not self.is_peer:
-            cls = getattr(importlib.import_module(self.library), optimizer)
+            cls = getattr(importlib.import_module(self.library), optimizer, None)
+            if cls is None:
+                return f"{self.library} has no {optimizer}"
             for keyword in self.keywords:
                 if keyword not in inspect.signature(cls).parameters:
                     return f"{self.library}.{optimizer} has no {keyword} step"
@@ -124,47 +106,57 @@ class Provider:
                 imported(path), optimizer, parameters, **settings, **self.keywords, **keywords
             )
 
-    def build(
-        self, optimizer: str, gradients: Sequence[torch.Tensor], grouped: bool = False
-    ) -> Contestant:
-        """A step of `optimizer` over new parameters that have these gradients."""
-        parameters = [torch.nn.Parameter(gradient.clone()) for gradient in gradients]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+    def stepping(
+        self, optimizer: str, parameters: Sequence[Any], grouped: bool, **options: Any
+    ) -> Any:
+        """The same with the step job's settings; grouped, each parameter in a group of its own."""
         groups = [{"params": [parameter]} for parameter in parameters] if grouped else parameters
-        settings = optimizers.settings(optimizer).step
-        made = self.optimizer(optimizer, groups, lr=optimizers.STEP_LR, **settings)
+        settings = {"lr": optimizers.STEP_LR, **optimizers.settings(optimizer).step}
+        return self.optimizer(optimizer, groups, **settings, **options)
+
+    def entrant(
+        self, optimizer: str, gradients: Sequence[torch.Tensor], grouped: bool = False
+    ) -> Entrant:
+        """A step of `optimizer` over new parameters that have these gradients."""
+        made = self.stepping(optimizer, parameters_with(gradients), grouped)
         step: Step = made.step
         if self.compiled:
             torch._dynamo.reset()  # beyond a few recompilations it would fall back to eager
             step = torch.compile(made.step)
-        return Contestant(_in_tier(self.tier, step) if self.tier else step, made)
+        step = _in_tier(self.tier, step) if self.tier else step
+        if not hasattr(made, "routes"):
+            return Entrant(step)
+        counts = Counter(route.backend for route in made.routes())
+        told = ", ".join(f"{backend}: {count}" for backend, count in sorted(counts.items()))
+        return Entrant(step, columns={"backend": told})
 
 
 @dataclass(frozen=True)
 class FloorProvider(Provider):
     """The traffic floor: reads and writes what the optimizer has to, and does no maths."""
 
-    def offers(self, optimizer: str, device: str) -> bool:
-        """Bytes can be moved for any optimizer."""
-        return True
-
     def unavailable(
-        self, optimizer: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> str:
+        self, optimizer: str, dtype: torch.dtype = torch.float32, device: str = "cpu",
+        tensors: int = 1,
+    ) -> str:  # fmt: skip
         """Why bytes cannot be moved on a device."""
         return floor.unavailable(device)
 
-    def build(
+    def entrant(
         self, optimizer: str, gradients: Sequence[torch.Tensor], grouped: bool = False
-    ) -> Contestant:
+    ) -> Entrant:
         """One pass over rows [parameter, gradient, states...] of the optimizer's size."""
-        states = optimizers.count_states(optimizer)
-        rows = [
-            [gradient.clone(), gradient, *(torch.zeros_like(gradient) for _ in range(states))]
-            for gradient in gradients
-        ]
-        return Contestant(floor.TrafficFloor(rows).run)
+        return Entrant(floor.traffic(gradients, optimizers.count_states(optimizer)))
+
+
+def parameters_with(
+    gradients: Sequence[torch.Tensor], scale: float = 1.0
+) -> list[torch.nn.Parameter]:
+    """New parameters that have these gradients; their values are those of gradients over scale."""
+    made = [torch.nn.Parameter(gradient / scale) for gradient in gradients]
+    for parameter, gradient in zip(made, gradients, strict=True):
+        parameter.grad = gradient
+    return made
 
 
 def _in_tier(tier: str, step: Step) -> Step:
@@ -187,7 +179,7 @@ def _trial(name: str, optimizer: str, dtype: torch.dtype, device: str) -> str:
     provider = PROVIDERS[name]
     try:
         with quiet() if provider.is_peer else contextlib.nullcontext():
-            provider.build(optimizer, [torch.ones(2, dtype=dtype, device=device)]).step()
+            provider.entrant(optimizer, [torch.ones(2, dtype=dtype, device=device)]).call()
     except Exception as error:  # another library's code: it may raise anything
         lines = str(error).strip().splitlines()
         return lines[0] if lines else type(error).__name__
@@ -198,16 +190,15 @@ def _trial(name: str, optimizer: str, dtype: torch.dtype, device: str) -> str:
 def torch_defaults(optimizer: str) -> dict[str, Any]:
     """The numbers torch's constructor takes when it is told nothing, by keyword."""
     parameters = inspect.signature(getattr(torch.optim, optimizer)).parameters
-    kinds = {name: parameter.default for name, parameter in parameters.items()}
-    return {
-        name: value for name, value in kinds.items()
-        if isinstance(value, int | float | tuple) and not isinstance(value, bool) and name != "lr"
-    }  # fmt: skip
+    kinds = {name: parameter.default for name, parameter in parameters.items() if name != "lr"}
+    return {name: value for name, value in kinds.items() if type(value) in (int, float, tuple)}
 
 
 def imported(path: str) -> Any:
-    """The class that ``package.module.Class`` or ``package.module:Class`` names."""
+    """What ``package.module.name`` or ``package.module:name`` is."""
     module, _, name = path.replace(":", ".").rpartition(".")
+    if str(Path.cwd()) not in sys.path:  # as python -m has it, and the console script has not
+        sys.path.insert(0, str(Path.cwd()))
     return getattr(importlib.import_module(module), name)
 
 
@@ -221,28 +212,19 @@ def make(cls: Any, optimizer: str, parameters: Sequence[Any], **settings: Any) -
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps a library's chatter off the table, its C++ code's and compilers' included.
-
-    The environment's programs are on PATH meanwhile: libraries compile themselves with its ninja.
-    """
-    path = os.environ.get("PATH", "")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with Path(os.devnull).open("w") as nowhere, warnings.catch_warnings():
+    """Keeps a library's chatter off the table, its C++ code's and compilers' included."""
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(Path(os.devnull).open("w"))
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
+            kept = os.dup(number)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, number)
+            stack.callback(stream.flush)
+            os.dup2(nowhere.fileno(), number)
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        kept = [(number, os.dup(number)) for number in (1, 2)]
-        try:
-            os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
-            for number, _ in kept:
-                os.dup2(nowhere.fileno(), number)
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, copy in kept:
-                os.dup2(copy, number)
-                os.close(copy)
-            os.environ["PATH"] = path
+        yield
 
 
 def _named(module: str, names: str, form: str, **keywords: Any) -> dict[str, Any]:
@@ -322,9 +304,6 @@ PROVIDERS: dict[str, Provider] = {
     )
 }  # fmt: skip
 
-# Who is timed beside a floor and fusedopt where nobody asks for more: no peers, nobody slow.
-OWN = ("torch-default", "torch-foreach", "torch-fused", "fusedopt", "fusedopt-triton", "floor")
-
 
 def title_of(name: str) -> str:
     """A provider's name in tables; that of a result file where this version knows no such one."""
@@ -339,11 +318,3 @@ def usual(device: str = "cpu") -> list[str]:
         if provider.default
         and (not provider.is_peer or (device in provider.devices and provider.installed()))
     ]
-
-
-def why_not(name: str, optimizer: str, dtype: torch.dtype, device: str, tensors: int) -> str:
-    """Why a provider does not take part in a row; empty if it does."""
-    most = PROVIDERS[name].most_tensors
-    if tensors > most:
-        return f"{tensors:,} tensors are more than {most:,} for it"
-    return PROVIDERS[name].unavailable(optimizer, dtype, device)

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from . import gpu_tables, tables
 from . import rows as results
-from . import tables
 from .rows import ResultError, Row
-from .tables import Table, number
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGES = {"README.md": ["front"], "docs/benchmarks.md": ["all"],
          "docs/gpu-status.md": ["gpu-machine", "gpu-goals", "gpu-step", "gpu-device"]}  # fmt: skip
 BEGIN, END = "<!-- bench: {name}; `make bench-docs` writes what follows -->", "<!-- /bench -->"
-
-
-# ---- the page ----
 
 
 def write_page(rows: Sequence[Row], changes: Sequence[Row], out: Path) -> Path:
@@ -44,23 +40,19 @@ def write_page(rows: Sequence[Row], changes: Sequence[Row], out: Path) -> Path:
             "pictures": {
                 says: base64.b64encode(path.read_bytes()).decode() for says, path in drawn.items()
             },
-            "tables": [tables.step_table(found) for found in by_workload(run)],
+            "tables": [tables.step_table(found)
+                       for found in results.grouped(run, "workload").values()],
         })  # fmt: skip
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    page = pages.get_template("report.html.jinja").render(
-        runs=shown,
-        changes=tables.change_table(changes) if changes else None,
-        compared_with=changes[0]["date_before"] if changes else "",
-    )
+    changed = changes and {"before": changes[0]["date_before"],
+                           "table": tables.change_table(changes)}  # fmt: skip
+    legend = tables.LEGENDS["step"].format(baseline=tables.against(rows[0]["baseline"]))
     path = out / "report.html"
-    path.write_text(page)
+    path.write_text(
+        pages.get_template("report.html.jinja").render(runs=shown, changes=changed, legend=legend)
+    )
     return path
-
-
-def by_workload(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of each workload."""
-    return [*results.grouped(rows, "workload").values()]
 
 
 # ---- the documentation ----
@@ -68,17 +60,18 @@ def by_workload(rows: Iterable[Row]) -> list[list[Row]]:
 
 def update(files: Sequence[Path]) -> list[Path]:
     """Keeps the files, writes the pages' tables anew, and returns what was written."""
-    pages = {ROOT / page: names for page, names in PAGES.items()}
-    for page, names in pages.items():  # before anything is written
+    for name, blocks in PAGES.items():  # before anything is written
+        page = ROOT / name
         if not page.is_file():
             raise ResultError(f"--update-docs: there is no {page}; wanted: to run in a checkout")
-        for name in names:
-            if BEGIN.format(name=name) not in page.read_text():
-                raise ResultError(f"--update-docs: {page} has lost its marker of {name!r}")
+        for block in blocks:
+            if BEGIN.format(name=block) not in page.read_text():
+                raise ResultError(f"--update-docs: {page} has lost its marker of {block!r}")
     kept = [keep(path) for path in files if path.resolve().parent != RESULTS]
-    blocks = made_blocks(committed())
+    made = made_blocks(committed())
+    pages = [ROOT / name for name in PAGES]
     for page in pages:
-        page.write_text(replaced(page.read_text(), blocks))
+        page.write_text(replaced(page.read_text(), made))
     return [*kept, *pages]
 
 
@@ -109,7 +102,12 @@ def made_blocks(files: Sequence[Sequence[Row]]) -> dict[str, str]:
     checks = [file for file in files if any(row["job"] == "part" for row in file)]
     if checks:
         check = max(checks, key=lambda file: str(file[0]["date"]))
-        blocks |= {f"gpu-{name}": make(check) for name, make in GPU.items()}
+        blocks |= {
+            "gpu-machine": gpu_tables.machine(check),
+            "gpu-goals": gpu_tables.goals(check).to_markdown(),
+            "gpu-step": gpu_tables.wall(check).to_markdown(),
+            "gpu-device": gpu_tables.device(check).to_markdown(),
+        }
     return blocks
 
 
@@ -130,101 +128,9 @@ def full_tables(rows: Sequence[Row]) -> str:
         compared = tables.against(run[0]["baseline"])
         versions = f"torch {run[0]['torch']}, fusedopt {results.version(run[0])}"
         parts.append(f"{versions}. Times faster: than {compared}.")
-        for found in by_workload(run):
+        for found in results.grouped(run, "workload").values():
             first = found[0]
             size = f"{first['tensors']:,} tensors, {first['elements']:,} parameters"
             parts.append(f"### {first['workload']}: {size}")
             parts.append(tables.step_table(found).to_markdown())
     return "\n\n".join(parts)
-
-
-# ---- docs/gpu-status.md, out of a GPU check ----
-
-LIBRARIES = {"torch-default": "torch default", "torch-fused": "torch fused", "fusedopt": "CUDA",
-             "fusedopt-triton": "Triton", "floor": "floor"}  # fmt: skip
-
-
-def _machine(rows: Sequence[Row]) -> str:
-    """What ran, in a line."""
-    told = next(row for row in rows if row["job"] == "machine")
-    return (f"{told['machine']}, driver {told['driver']}, torch {told['torch']}, Triton "
-            f"{told['triton']}, nvcc {told['nvcc']}, {told['date']}, revision "
-            f"{told['revision']}")  # fmt: skip
-
-
-def _wall(rows: Sequence[Row]) -> str:
-    """Wall milliseconds of a step, and its ratio."""
-    table = Table("", ["workload", "optimizer"], [*LIBRARIES.values(), "best torch / CUDA"])
-    for found in results.grouped(results.steps(rows), "workload", "optimizer", "dtype").values():
-        told = {row["provider"]: row for row in found}
-        table.add(found[0]["workload"], tables.label(found[0]),
-                  *(number(told[name]["ms"]) if name in told else None for name in LIBRARIES),
-                  f"{told['fusedopt']['faster']:.1f}")  # fmt: skip
-    return table.to_markdown()
-
-
-def _device(rows: Sequence[Row]) -> str:
-    """Microseconds that a step's kernels and copies take on the device, and the host's."""
-    heads = [*LIBRARIES.values(), "host, CUDA", "host, Triton"]
-    table = Table("", ["workload", "optimizer"], heads)
-    for found in results.grouped(results.steps(rows), "workload", "optimizer", "dtype").values():
-        told = {row["provider"]: row for row in found}
-        table.add(
-            found[0]["workload"], tables.label(found[0]),
-            *(number(told[name]["device_us"]) if name in told else None for name in LIBRARIES),
-            *(number(told[name]["host_us"]) for name in ("fusedopt", "fusedopt-triton")),
-        )  # fmt: skip
-    return table.to_markdown()
-
-
-def goals(rows: Sequence[Row]) -> Table:
-    """What was promised for a GPU, and what was measured."""
-    found = {(r["workload"], r["optimizer"], r["provider"]): r for r in results.steps(rows)
-             if r["device"] == "cuda"}  # fmt: skip
-    replays = {(r["workload"], r["provider"]): r["ms"] for r in rows if r["job"] == "graph"}
-    shares = [row["prefetcher_share"] for row in rows
-              if row["job"] == "transfer" and row["batch_mib"] >= 4]  # fmt: skip
-
-    def of(workload: str, key: str, provider: str = "fusedopt", optimizer: str = "AdamW") -> float:
-        return float(found[workload, optimizer, provider][key])
-
-    def device(workload: str, provider: str) -> float:
-        return of(workload, "device_us", provider)
-
-    most, least = "at most", "at least"
-    wanted: list[tuple[str, str, float, Callable[[], float]]] = [
-        ("AdamW, 1B elements: share of the floor's speed", least, 0.92,
-         lambda: device("billion", "floor") / device("billion", "fusedopt")),
-        ("AdamW, 1B elements: times torch fused", least, 1.05,
-         lambda: of("billion", "ms", "torch-fused") / of("billion", "ms")),
-        ("AdamW, 1B elements: Triton's share of CUDA's speed", least, 0.95,
-         lambda: device("billion", "fusedopt") / device("billion", "fusedopt-triton")),
-        ("AdamW, 10,000 x 64: ms wall", most, 0.6, lambda: of("swarm", "ms")),
-        ("AdamW, 10,000 x 64: us on the host that Triton takes more", most, 30,
-         lambda: of("swarm", "host_us", "fusedopt-triton") - of("swarm", "host_us")),
-        ("AdamW, 10,000 x 64 in a graph: ms", most, 0.1, lambda: replays["swarm", "fusedopt"]),
-        ("AdamW, 1,000 x 1,024: ms wall", most, 0.12, lambda: of("thousand", "ms")),
-        ("AdamW, 465 groups of one: ms wall", most, 0.25, lambda: of("groups", "ms")),
-        ("AdamW, 1M elements: us on the device", most, 9, lambda: device("one", "fusedopt")),
-        ("RMSprop, 100M elements: times torch's best", least, 2.3,
-         lambda: of("hundred", "faster", optimizer="RMSprop")),
-        ("AdamW, 10,000 x 64: launches", most, 1, lambda: of("swarm", "kernels")),
-        ("AdamW, 465 groups of one: launches", most, 1, lambda: of("groups", "kernels")),
-        ("batches of 4 MiB and more: share of a pinned memcpy's rate", least, 0.95,
-         lambda: min(shares)),
-    ]  # fmt: skip
-    table = Table("Promises", ["what"], ["goal", "measured", ""])
-    for what, bound, goal, measure in wanted:
-        try:
-            measured = measure()
-        except (KeyError, ValueError):  # nothing was measured
-            table.add(what, f"{bound} {goal:g}", None, "not measured")
-            continue
-        kept = measured >= goal if bound == least else measured <= goal
-        table.add(what, f"{bound} {goal:g}", number(measured), "kept" if kept else "**not kept**",
-                  style="" if kept else "bad")  # fmt: skip
-    return table
-
-
-GPU = {"machine": _machine, "goals": lambda rows: goals(rows).to_markdown(), "step": _wall,
-       "device": _device}  # fmt: skip

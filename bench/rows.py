@@ -8,11 +8,8 @@ finds. A provider that did not run has a row with ``missing``, the reason.
 
 from __future__ import annotations
 
-import csv
 import datetime
 import json
-import math
-import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -48,36 +45,28 @@ def where(device: str = "cpu", threads: int = 0) -> Row:
     }
 
 
+def system_table(path: str) -> dict[str, str]:
+    """The "key: value" lines of a file of Linux's /proc; empty on other systems."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = [line.partition(":") for line in lines]
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
 def cpu_name() -> str:
     """Model name of the processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def devices() -> list[str]:
-    """The devices that steps can be timed on, as torch names them."""
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    told = system_table("/proc/cpuinfo").get("model name")
+    return told or platform.processor() or platform.machine()
 
 
 def available_memory(device: str = "cpu") -> int | None:
     """Bytes of memory that can be had without swapping; None where the system does not say."""
     if device != "cpu":
         return torch.cuda.mem_get_info()[0]
-    try:
-        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(told["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
-
-
-def is_busy() -> bool:
-    """Whether others have just used more than half of the processors."""
-    return os.getloadavg()[0] > (os.cpu_count() or 1) / 2
+    told = system_table("/proc/meminfo").get("MemAvailable")
+    return int(told.split()[0]) * 1024 if told else None
 
 
 def git_revision() -> str | None:
@@ -87,12 +76,12 @@ def git_revision() -> str | None:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(here.parent), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout
+        return done.stdout.strip()
 
     try:
         # An installed copy may lie inside somebody else's checkout: it has to be tracked there.
         git("ls-files", "--error-unmatch", here.name)
-        return git("describe", "--always", "--dirty", "--exclude", "*").strip()
+        return git("describe", "--always", "--dirty", "--exclude", "*")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -102,16 +91,10 @@ def git_revision() -> str | None:
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Writes a line a row; what JSON has no number for (a diverged loss) becomes null."""
-    lines = [json.dumps(_finite(row), allow_nan=False, separators=(",", ":")) for row in rows]
-    path.write_text("".join(f"{line}\n" for line in lines))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    with path.open("w") as file:
+        for row in rows:
+            row = json.loads(json.dumps(row), parse_constant=lambda _: None)
+            file.write(json.dumps(row, separators=(",", ":")) + "\n")
 
 
 def read(path: Path) -> list[Row]:
@@ -132,47 +115,29 @@ def read(path: Path) -> list[Row]:
 
 def steps(rows: Iterable[Row]) -> list[Row]:
     """Those of the step job that were measured, and not in a rehearsal."""
-    return [row for row in rows if row["job"] == "step" and "ms" in row
-            and not row.get("rehearsal")]  # fmt: skip
-
-
-def read_steps(path: Path) -> list[Row]:
-    """The step job's rows of a result file.
-
-    Raises:
-        ResultError: there are none.
-    """
-    if found := steps(read(path)):
-        return found
-    raise ResultError(f"{path} has no rows of the step job; wanted: a file of step --json")
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Writes a line a row under the names of the columns."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    return [
+        row for row in rows if row["job"] == "step" and "ms" in row and not row.get("rehearsal")
+    ]
 
 
 # ---- what rows say ----
 
 
 def label(row: Row) -> str:
-    """Optimizer, and dtype where it is not the usual one."""
+    """Optimizer, dtype where it is not the usual one, and chain where there is one."""
     dtype = row.get("dtype", "float32")
-    return row["optimizer"] + ("" if dtype == "float32" else f" {dtype}")
-
-
-def source(row: Row) -> str:
-    """Machine, versions and date of a row."""
-    return f"{row['machine']}; torch {row['torch']}, fusedopt {version(row)}; {row['date']}"
+    parts = [row.get("optimizer"), "" if dtype == "float32" else dtype, row.get("chain")]
+    return " ".join(filter(None, parts))
 
 
 def version(row: Row) -> str:
     """Which fusedopt: the revision, or outside of a checkout the version."""
     return str(row["revision"] or row["fusedopt"])
+
+
+def source(row: Row) -> str:
+    """Machine, versions and date of a row."""
+    return f"{row['machine']}; torch {row['torch']}, fusedopt {version(row)}; {row['date']}"
 
 
 def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -181,6 +146,11 @@ def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[Any, ...], list[Row]
     for row in rows:
         found.setdefault(tuple(row.get(name) for name in names), []).append(row)
     return found
+
+
+def by(rows: Iterable[Row], name: str) -> dict[Any, Row]:
+    """The last row for each value of a column."""
+    return {row[name]: row for row in rows}
 
 
 def runs(rows: Iterable[Row]) -> list[list[Row]]:
@@ -209,35 +179,27 @@ def slower_than(rows: Iterable[Row], bound: float) -> list[str]:
 
 
 def compare(now: Sequence[Row], before: Sequence[Row]) -> list[Row]:
-    """Rows that both runs have, on like machines where there are several.
+    """Rows that both runs have, on like machines where there are several; the older is the base.
 
-    `speed` is how many times as fast it is now. Where both runs have a floor, each time is taken in
-    units of its run's (`by_floor`): the speed of the machine then cancels.
+    `faster` is how many times as fast it is now. Where both runs have a floor, each time is taken
+    in units of its run's (`by_floor`): the speed of the machine then cancels.
     """
-    key = ("workload", "optimizer", "dtype", "provider")
-    old = grouped(before, "machine", *key)
-    anywhere = grouped(before, *key)
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("workload", "optimizer", "dtype", "provider"))
+
+    old = {key(row): row for row in before}
+    old |= {(row["machine"], *key(row)): row for row in before}
     found = []
     for row in now:
-        place = tuple(row[name] for name in key)
-        others = old.get((row["machine"], *place)) or anywhere.get(place)
-        if not others:
+        other = old.get((row["machine"], *key(row))) or old.get(key(row))
+        if other is None:
             continue
-        other = others[-1]
-        by_floor = row["provider"] != FLOOR and bool(
-            row.get("floor_share") and other.get("floor_share")
-        )
-        speed = row["floor_share"] / other["floor_share"] if by_floor else other["ms"] / row["ms"]
-        found.append({**row, "ms_before": other["ms"], "date_before": other["date"],
-                      "speed": speed, "by_floor": by_floor})  # fmt: skip
+        shares = row.get("floor_share"), other.get("floor_share")
+        by_floor = row["provider"] != FLOOR and all(shares)
+        speed = shares[0] / shares[1] if by_floor else other["ms"] / row["ms"]
+        found.append(
+            {**row, "faster": speed, "baseline": f"on {other['date']}", "by_floor": by_floor,
+             "ms_before": other["ms"], "date_before": other["date"]}
+        )  # fmt: skip
     return found
-
-
-def slowed(changes: Sequence[Row], bound: float) -> list[str]:
-    """Rows in which fusedopt is less than `bound` times as fast as it was, in words."""
-    return [
-        f"{row['workload']}, {row['optimizer']} {row['dtype']} on {row['machine']}: "
-        f"{row['speed']:.2f} times as fast as on {row['date_before']}"
-        for row in changes
-        if row["provider"] == CANDIDATE and row["speed"] < bound
-    ]

@@ -1,7 +1,7 @@
 """A fair race between steps: round-robin in one process, medians, ratios within a round.
 
 Machines drift (frequency, neighbours, memory): two providers timed one after the other differ by
-8% for no reason. So every round times each provider once, in an order that changes from round to
+8% for no reason. So every round times each entrant once, in an order that changes from round to
 round, and a ratio is taken between times of the *same* round before the median is.
 
 The clock is torch.utils.benchmark's, which waits for an accelerator where there is one. Its Timer
@@ -22,9 +22,54 @@ from typing import Any
 import torch
 from torch.utils.benchmark import timer
 
+from .rows import BEST, FLOOR, Row, label
+
 MIN_ROUNDS = 5
 
 Step = Callable[[], object]
+Advance = Callable[[str], None]
+
+
+def nothing() -> None:
+    """Does nothing."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A way to do the work of a race, ready to be timed.
+
+    Attributes:
+        call: does all of it once.
+        before: makes its inputs what they were; called before each, not timed.
+        stages: its parts in their order, where they are timed one by one instead.
+        columns: what its rows have beside times.
+        optimizer: what takes the step, where there is one.
+        parameters: what is updated.
+    """
+
+    call: Step
+    before: Step = nothing
+    stages: Mapping[str, Step] = field(default_factory=dict)
+    columns: Row = field(default_factory=dict)
+    optimizer: Any = None
+    parameters: Sequence[torch.nn.Parameter] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one race measures.
+
+    Attributes:
+        columns: of all its rows: job, workload, optimizer, dtype, device and sizes.
+        build: makes the entrants; a text in place of one says why it does not take part.
+        baseline: whom the others are compared with; `BEST`: the fastest of torch's.
+        memory: bytes that are needed meanwhile, at most.
+    """
+
+    columns: Row
+    build: Callable[[], dict[str, Entrant | str]]
+    baseline: str
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -37,12 +82,10 @@ class Stats:
     rounds: int
 
     @staticmethod
-    def of(values: Sequence[float]) -> Stats:
-        """Statistics of at least one value."""
-        if len(values) == 1:
-            return Stats(values[0], values[0], values[0], 1)
-        fifths = statistics.quantiles(values, n=5, method="inclusive")
-        return Stats(statistics.median(values), fifths[0], fifths[3], len(values))
+    def of(values: torch.Tensor) -> Stats:
+        """Statistics of values, of which at least one is no nan."""
+        fifths = values.nanquantile(torch.tensor([0.5, 0.2, 0.8], dtype=values.dtype))
+        return Stats(*fifths.tolist(), int((~values.isnan()).sum()))
 
 
 @dataclass
@@ -57,34 +100,39 @@ class Race:
 
     def stats(self, name: str) -> Stats:
         """Median and spread of one entrant, in seconds."""
-        return Stats.of([value for value in self.seconds[name] if not math.isnan(value)])
+        return Stats.of(torch.tensor(self.seconds[name], dtype=torch.float64))
 
     def ratio(self, numerator: str | None, denominator: str | None) -> Stats | None:
         """Median and spread of a ratio over the rounds both ran in; None if one did not run."""
         if numerator not in self.seconds or denominator not in self.seconds:
             return None
-        pairs = zip(self.seconds[numerator], self.seconds[denominator], strict=True)
-        found = [a / b for a, b in pairs if not (math.isnan(a) or math.isnan(b))]
-        return Stats.of(found) if found else None
+        times = torch.tensor(
+            [self.seconds[n] for n in (numerator, denominator)], dtype=torch.float64
+        )
+        found = times[0] / times[1]
+        return None if found.isnan().all() else Stats.of(found)
 
-    def columns(
-        self, name: str, baseline: str | None = None, floor: str | None = None
-    ) -> dict[str, Any]:
+    def columns(self, name: str, baseline: str | None = None) -> Row:
         """An entrant's times as columns of a row: milliseconds, and ratios to two others.
 
         `faster` is how many times faster than the baseline it is, `floor_share` the part of its
         time that the floor takes.
         """
         told, rounds = self.stats(name), len(self.seconds[name])
-        found: dict[str, Any] = {"ms": told.median * 1e3, "p20": told.p20 * 1e3,
-                                 "p80": told.p80 * 1e3, "rounds": told.rounds}  # fmt: skip
+        found: Row = {"ms": told.median * 1e3, "p20": told.p20 * 1e3, "p80": told.p80 * 1e3,
+                      "rounds": told.rounds}  # fmt: skip
         if told.rounds < rounds:
             found["of_rounds"] = rounds
         if faster := self.ratio(baseline, name):
             found |= {"faster": faster.median, "faster_p20": faster.p20, "faster_p80": faster.p80}
-        if share := self.ratio(floor, name):
+        if share := self.ratio(FLOOR, name):
             found["floor_share"] = share.median
         return found
+
+    def best_of_torch(self) -> str | None:
+        """The torch provider with the shortest step; None when none ran."""
+        ran = [name for name in self.seconds if name.startswith("torch-")]
+        return min(ran, key=lambda name: self.stats(name).median, default=None)
 
 
 def stage_of(name: str, stage: str) -> str:
@@ -99,18 +147,8 @@ def time_once(step: Step) -> float:
     return timer() - start
 
 
-def time_all(name: str, step: Step | Mapping[str, Step]) -> dict[str, float]:
-    """Seconds of a step, and of its stages where it has some, by their names in a race."""
-    if not isinstance(step, Mapping):
-        return {name: time_once(step)}
-    times = {stage_of(name, stage): time_once(part) for stage, part in step.items()}
-    return {name: sum(times.values()), **times}
-
-
 def rounds_to_run(estimate: float, rounds: int, budget: float) -> list[bool]:
-    """In which of `rounds` a step of `estimate` seconds runs, to stay within `budget` seconds.
-
-    A slow step sits rounds out evenly, but runs in at least MIN_ROUNDS of them and in the first.
+    """In which rounds a step takes part: evenly spread, as many as `budget` seconds allow.
 
     Example:
         >>> rounds_to_run(estimate=1.0, rounds=8, budget=4.0)  # 4 would be too few: 5
@@ -130,49 +168,82 @@ def order_of_round(names: Sequence[str], index: int) -> list[str]:
 
 
 def run_race(
-    race: Race,
-    steps: Mapping[str, Step | Mapping[str, Step]],
-    rounds: int,
-    budget: float,
-    on_round: Step = lambda: None,
-    before: Mapping[str, Step] | None = None,
-) -> None:
-    """Warms every step up twice and times it, round-robin.
+    entrants: Mapping[str, Entrant], rounds: int, budget: float, on_round: Step = nothing
+) -> Race:
+    """Warms every entrant up twice and times it, round-robin.
 
     Args:
-        race: receives the times round by round, so that an interrupted race keeps its whole rounds.
-        steps: by name, what to time; or its stages in their order, timed one by one.
+        entrants: by name.
         rounds: number of rounds.
-        budget: seconds a single step may take over all rounds before it sits some out.
+        budget: seconds a single entrant may take over all rounds before it sits some out.
         on_round: called before each round, to move a progress bar.
-        before: by name, what makes a step's inputs what they were; called before each, not timed.
     """
 
     def attempt(name: str) -> dict[str, float]:
-        if before is not None and name in before:
-            before[name]()
-        return time_all(name, steps[name])
+        entrant = entrants[name]
+        entrant.before()
+        if not entrant.stages:
+            return {name: time_once(entrant.call)}
+        times = {stage_of(name, part): time_once(step) for part, step in entrant.stages.items()}
+        return {name: sum(times.values()), **times}
 
-    runs, names = {}, {}
-    for name in steps:
+    race, taking_part = Race(), {}
+    for name in entrants:
         attempt(name)  # allocates states, builds the plan
         times = attempt(name)
-        runs[name] = rounds_to_run(times[name], rounds, budget)
-        names[name] = list(times)
+        taking_part[name] = rounds_to_run(times[name], rounds, budget)
+        race.seconds |= {timed: [math.nan] * rounds for timed in times}
     gc.collect()
     gc.disable()  # a collection inside a step would be billed to it
     try:
         for index in range(rounds):
             on_round()
-            times = {}
-            for name in order_of_round(list(steps), index):
-                times |= (
-                    attempt(name) if runs[name][index] else dict.fromkeys(names[name], math.nan)
-                )
-            for name in [timed for step in steps for timed in names[step]]:
-                race.seconds.setdefault(name, []).append(times[name])
+            for name in order_of_round([*entrants], index):
+                if taking_part[name][index]:
+                    for timed, seconds in attempt(name).items():
+                        race.seconds[timed][index] = seconds
     finally:
         gc.enable()
+    return race
+
+
+def measure(
+    task: Task, rounds: int, seconds: float, advance: Advance = lambda label: None
+) -> list[Row]:
+    """Races the entrants of a task, looks at each on a GPU, drops them, and gives their rows.
+
+    Args:
+        task: what to measure.
+        rounds: rounds of the race.
+        seconds: what one entrant may take over all rounds before it sits some out.
+        advance: called before each round with a label, to move a progress bar.
+    """
+    built = task.build()
+    entrants = {name: made for name, made in built.items() if isinstance(made, Entrant)}
+    said = f"{task.columns['workload']} {label(task.columns)}"
+    race = run_race(entrants, rounds, seconds, lambda: advance(said)) if entrants else Race()
+    found = [row for name, entrant in built.items() for row in rows_of(task, name, entrant, race)]
+    built.clear()
+    entrants.clear()
+    gc.collect()  # optimizers hang in reference cycles: their memory would outlive the task
+    torch.cuda.empty_cache()  # nothing without a GPU
+    return found
+
+
+def rows_of(task: Task, name: str, entrant: Entrant | str, race: Race) -> Iterator[Row]:
+    """The row of an entrant, and one for each of its stages."""
+    row = {**task.columns, "provider": name}
+    if isinstance(entrant, str):
+        yield {**row, "missing": entrant}
+        return
+    baseline = race.best_of_torch() if task.baseline == BEST else task.baseline
+    told = {"baseline": task.baseline, **entrant.columns, **race.columns(name, baseline)}
+    if task.columns["device"] == "cuda" and not entrant.stages:
+        told |= look(entrant)
+    yield {**row, **told}
+    for stage in entrant.stages:
+        moved = {"stage": stage, "bytes": entrant.columns["stages"][stage]}
+        yield {**row, **moved, **race.columns(stage_of(name, stage))}
 
 
 @contextmanager
@@ -186,15 +257,13 @@ def use_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# ---- on a GPU, what a wall clock blends ----
+def look(entrant: Entrant) -> Row:
+    """What a wall clock blends: kernels, copies and microseconds on the GPU, and the host's call.
 
-
-def look(step: Step, before: Step = lambda: None, repeats: int = 5) -> dict[str, Any]:
-    """Kernels, copies and microseconds of a step on the GPU, and microseconds of the host's call.
-
-    With `before`, which is not to be seen, there can be but one repeat of the first three.
+    What puts inputs back is not to be seen: with it there can be but one repeat of the first three.
     """
-    times = []
+    step, before, times = entrant.call, entrant.before, []
+    repeats = 5 if before is nothing else 1
     for _ in range(20):
         before()
         torch.cuda.synchronize()

@@ -30,8 +30,8 @@ from fusedopt.data import DevicePrefetcher, TensorLoader
 
 from . import optimizers
 from .providers import PROVIDERS
-from .rows import Row
-from .timing import Race, time_once
+from .rows import CANDIDATE, Row
+from .timing import Advance, Race, time_once
 
 TEST_IMAGES = 597  # one image is 0.17 points of accuracy
 BATCH = 64
@@ -40,7 +40,7 @@ FIRST_EPOCH_BOUND = 1e-5
 DRIFT_FACTOR = 3.0
 ACCURACY_POINTS = 0.5
 
-REFERENCE, CANDIDATE, NUDGED = "torch-default", "fusedopt", "torch-nudged"
+REFERENCE, NUDGED = "torch-default", "torch-nudged"
 TWINS = ("torch-foreach", "torch-fused")
 
 
@@ -79,30 +79,16 @@ class Digits:
             yield list(prefetcher)
 
 
-def multilayer_perceptron() -> nn.Module:
-    """64-100-100-10."""
-    return nn.Sequential(
-        nn.Linear(64, 100), nn.GELU(), nn.Linear(100, 100), nn.GELU(), nn.Linear(100, 10)
-    )
-
-
-def convolutional_network() -> nn.Module:
-    """Two 3 x 3 convolutions (16 and 32 channels), average pooling, one linear layer."""
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.GELU(),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.GELU(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * 4 * 4, 10),
-    )
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": multilayer_perceptron,
-    "conv": convolutional_network,
+    "mlp": lambda: nn.Sequential(
+        nn.Linear(64, 100), nn.GELU(), nn.Linear(100, 100), nn.GELU(), nn.Linear(100, 10)
+    ),
+    "conv": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.GELU()),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.GELU()),
+        *(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(32 * 4 * 4, 10)),
+    ),
 }
 MODEL_TITLES = {"mlp": "multilayer perceptron 64-100-100-10", "conv": "convolutional network"}
 
@@ -179,11 +165,7 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def measure(
-    models: list[str],
-    names: list[str],
-    epochs: int,
-    seed: int,
-    on_epoch: Callable[[str], None] = lambda label: None,
+    models: Sequence[str], names: Sequence[str], epochs: int, seed: int, advance: Advance
 ) -> Iterator[list[Row]]:
     """Trains every model with every optimizer and yields the rows of each pair.
 
@@ -192,14 +174,14 @@ def measure(
         names: names of optimizers.
         epochs: passes over the training images.
         seed: of the initial weights and the order of the batches.
-        on_epoch: called before each epoch with a label, to move a progress bar.
+        advance: called before each epoch with a label, to move a progress bar.
     """
     digits = Digits.load()
     for model, optimizer in itertools.product(models, names):
         torch.manual_seed(seed)
         runs = make_runs(MODELS[model](), optimizer)
         for batches in digits.batches(epochs, seed):
-            on_epoch(f"{model} / {optimizer}")
+            advance(f"{model} / {optimizer}")
             train_in_lockstep(list(runs.values()), batches)
         yield rows_of(model, optimizer, runs, digits, len(batches))
 
@@ -216,21 +198,17 @@ def train_in_lockstep(
 
 def make_runs(model: nn.Module, optimizer: str) -> dict[str, Run]:
     """Copies of `model`, each under another implementation of `optimizer`."""
-    settings = optimizers.settings(optimizer).train
-    runs = {}
-    for name in (REFERENCE, *TWINS, CANDIDATE):
-        provider = PROVIDERS[name]
-        if name in TWINS and provider.unavailable(optimizer):
+    settings, runs = optimizers.settings(optimizer).train, {}
+    for name in (REFERENCE, *TWINS, CANDIDATE, NUDGED):
+        if name in TWINS and PROVIDERS[name].unavailable(optimizer):
             continue
         twin = copy.deepcopy(model)
+        if name == NUDGED:
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    parameter.copy_(torch.nextafter(parameter, 2 * parameter))
+        provider = PROVIDERS[REFERENCE if name == NUDGED else name]
         runs[name] = Run(twin, provider.optimizer(optimizer, list(twin.parameters()), **settings))
-    nudged = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in nudged.parameters():
-            parameter.copy_(torch.nextafter(parameter, 2 * parameter))
-    reference = PROVIDERS[REFERENCE]
-    parameters = list(nudged.parameters())
-    runs[NUDGED] = Run(nudged, reference.optimizer(optimizer, parameters, **settings))
     return runs
 
 
@@ -258,8 +236,7 @@ def rows_of(
     twins = [name for name in TWINS if name in found]
     drift = max(twins, key=lambda name: found[name]["difference"], default=NUDGED)
     drift = drift if found[drift]["difference"] > 0 else NUDGED
-    found[CANDIDATE] |= {"drift": found[drift]["difference"], "drift_of": drift,
-                         "accuracy_of_torch": found[REFERENCE]["accuracy"],
-                         "loss_of_torch": found[REFERENCE]["loss"],
-                         "ms_of_torch": found[REFERENCE]["ms"]}  # fmt: skip
+    found[CANDIDATE] |= {"drift": found[drift]["difference"], "drift_of": drift}
+    found[CANDIDATE] |= {f"{key}_of_torch": found[REFERENCE][key]
+                         for key in ("accuracy", "loss", "ms")}  # fmt: skip
     return [*found.values()]

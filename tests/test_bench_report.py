@@ -1,10 +1,8 @@
 """What is made of result files: comparison and gate, tables, pictures, the page, documentation."""
 
-import csv
 import json
 import shutil
 import subprocess
-from itertools import pairwise
 
 import pytest
 
@@ -12,7 +10,7 @@ for needed in ("rich", "matplotlib", "jinja2"):
     pytest.importorskip(needed, reason="fusedopt.bench needs it")
 
 from fusedopt.bench import __main__ as cli  # noqa: E402  # what they need is there
-from fusedopt.bench import plots, report, rows, tables  # noqa: E402
+from fusedopt.bench import report, rows, tables  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WHERE = {"device": "cpu", "machine": "A <processor>, 2 threads", "torch": "9.9", "fusedopt": "0.1",
@@ -88,22 +86,12 @@ def test_every_way_to_write_a_table_has_the_same_cells(capsys):
     assert f"| {' | '.join(line)} |" in table.to_markdown()
     from fusedopt.bench.console import Run
 
-    Run().show(table)
+    Run().show([table])
     said = capsys.readouterr().out
     assert all(cell in said for cell in line)
-    assert said.count("AdamW") == 1  # said once, then blank
     assert [style for _, style in tables.step_table(measured("many", 1)).lines] == [
         "", "bad", "ours", "",
     ]  # fmt: skip
-
-
-def test_csv_has_a_line_a_row(tmp_path):
-    path = tmp_path / "rows.csv"
-    arguments = ["report", str(result(tmp_path / "r.jsonl")), "--csv", str(path)]
-    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
-    found = list(csv.DictReader(path.open()))
-    assert len(found) == 16
-    assert (found[2]["provider"], float(found[2]["faster"])) == ("fusedopt", 4.0)
 
 
 def test_the_gate_compares_with_the_baseline(tmp_path, capsys):
@@ -123,17 +111,11 @@ def test_two_runs_are_compared_in_units_of_their_floors(tmp_path, capsys):
     assert cli.main(["report", str(worse), *arguments]) == 1
     assert "0.50 times as fast as on 2026-01-02" in capsys.readouterr().out
     changes = rows.compare(rows.read(slower), rows.read(old))
-    assert {row["provider"]: row["by_floor"] for row in changes}["floor"] is False
+    assert rows.by(changes, "provider")["floor"]["by_floor"] is False
     rows.write(old, measured("gone", 1))
     with pytest.raises(SystemExit):
         cli.main(["report", str(slower), *arguments])
     assert "has no row in common" in capsys.readouterr().err
-
-
-def test_labels_never_lie_on_each_other():
-    placed = plots.spread([1.0, 1.01, 1.02, 50.0, 99.0, 100.0], (0.1, 100.0))
-    assert all(b - a > 0.19 for a, b in pairwise(placed))
-    assert placed[-1] < 2
 
 
 def test_every_run_has_its_pictures(tmp_path):
@@ -151,36 +133,29 @@ def test_every_run_has_its_pictures(tmp_path):
 
 PROBE = """<script>addEventListener("load", () => {
   const seen = [...document.images].map(i => `${i.naturalWidth}x${i.naturalHeight}`);
-  const paper = getComputedStyle(document.body).backgroundColor;
-  document.body.dataset.probe = [seen.length, seen.includes("0x0"), paper].join("|");
-  document.body.dataset.rows = document.querySelectorAll("table tbody tr").length;
+  document.body.dataset.probe = [seen.length, seen.includes("0x0")].join("|");
+  document.body.dataset.rows = document.querySelectorAll("td:first-child").length;
 });</script></body>"""
 
 
-def browse(page, folder, *arguments):
+def browse(page, folder):
     """What headless Chromium makes of a page: the process, its files in a folder of its own."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
              "--enable-logging=stderr", "--v=0", f"--user-data-dir={folder}",
              "--virtual-time-budget=3000", "--dump-dom"]  # fmt: skip
     page.write_text(page.read_text().replace("</body>", PROBE))
-    command = [CHROMIUM, *flags, *arguments, page.as_uri()]
+    command = [CHROMIUM, *flags, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to open the page with")
-@pytest.mark.parametrize(
-    ("flags", "paper"),
-    # --force-dark-mode would invert colours: this is what a reader's setting does.
-    [((), "rgb(255, 255, 255)"),
-     (("--blink-settings=preferredColorScheme=0",), "rgb(22, 24, 29)")],
-)  # fmt: skip
-def test_a_browser_shows_tables_and_pictures_without_complaint(tmp_path, flags, paper):
+def test_a_browser_shows_tables_and_pictures_without_complaint(tmp_path):
     path = result(tmp_path / "r.jsonl")
     assert cli.main(["report", str(path), "--out", str(tmp_path)]) == 0
-    done = browse(tmp_path / "report.html", tmp_path / "profile", *flags)
+    done = browse(tmp_path / "report.html", tmp_path / "profile")
     assert "CONSOLE" not in done.stderr, done.stderr
-    assert f'data-probe="3|false|{paper}"' in done.stdout
+    assert 'data-probe="3|false"' in done.stdout
     assert 'data-rows="17"' in done.stdout  # one optimizer's verdict, and 4 workloads of 4 each
     broken = tmp_path / "broken.html"
     broken.write_text(
@@ -188,7 +163,7 @@ def test_a_browser_shows_tables_and_pictures_without_complaint(tmp_path, flags, 
     )
     done = browse(broken, tmp_path / "profile")
     assert "CONSOLE" in done.stderr
-    assert 'data-probe="1|true|' in done.stdout
+    assert 'data-probe="1|true"' in done.stdout
 
 
 # ---- documentation ----
