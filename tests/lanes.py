@@ -62,6 +62,7 @@ class RehearsedLane:
     """A device that is the host: its memory is other memory, its copies come late."""
 
     name = "rehearsed"
+    pinned = True
 
     def __init__(self):
         self._copies, self._consumer = Stream(), Stream()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import repeat
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 
 from fusedopt import _C
 
-from .lanes import Lane, lane_to
-from .prefetching import END, Channel, Ended, Iteration, Producer
-
-# Buffers needed for each tensor of a batch, besides those of the prefetched batches: for the batch
-# that is being made, the one that the consumer uses, and a copy that the device has not finished.
-MORE_BUFFERS = 3
+from .lanes import lane_to
+from .prefetching import MORE_BUFFERS, Failed, ahead, checked_depth
 
 
 class DevicePrefetcher:
@@ -25,13 +24,14 @@ class DevicePrefetcher:
     to the largest batch and are then reused. A batch may be used on the stream that is current when
     the consumer asks for it, and is never overwritten.
 
-    On the CPU the thread prefetches the loader's own batches.
+    On the CPU the thread yields copies, since a source may use its memory again. It runs under the
+    settings of the caller at the first batch: grad and inference mode, autocast, default device.
 
     Args:
         loader: any iterable of batches: a DataLoader, a torchdata node, a generator. Tensors,
             mappings, sequences, named tuples, dataclasses and objects with ``pin_memory`` and
-            ``to`` methods are sent; other leaves stay as they are. All batches must have one
-            structure; lists may have any length.
+            ``to`` methods are sent; other leaves stay as they are. The structure may change from
+            batch to batch.
         device: where batches go: ``"cuda"``, ``"cuda:1"``, ``"cpu"``.
         depth: how many batches are made ahead, at least 1. Default: 2.
         transform: is called with every batch on its device, on the thread's stream, and returns
@@ -40,8 +40,7 @@ class DevicePrefetcher:
 
     Raises:
         TypeError: `loader` cannot be iterated over.
-        ValueError: `depth` is less than 1, or batches cannot be sent to such a device; while
-            iterating: a batch has another structure than the first.
+        ValueError: `depth` is less than 1, or batches cannot be sent to such a device.
         RuntimeError: the device is not there; while iterating: in a child process after a fork.
 
     An error of the loader or of `transform` is raised in place of its batch. The prefetcher has all
@@ -73,33 +72,52 @@ class DevicePrefetcher:
         self.device = torch.device(device)
         self.depth = checked_depth(depth)
         self.transform = transform
-        self._lane = lane_to(device)
-        self._ring = pinned_ring(self._lane, depth)
-        self._state: Any = None
+        self._state: Any = None  # the loader's after the last batch that was yielded; None: now's
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
+        self._lane = lane_to(self.device)
+        self._ring = _C.Ring(self.depth + MORE_BUFFERS, self._lane.pinned)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process has other streams; no two copies share buffers.
+        return {**vars(self), "_lane": None, "_ring": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_buffers()
 
     def __iter__(self) -> Iterator[Any]:
-        snapshot = getattr(self.loader, "state_dict", None)
+        batches = iter(self.loader)  # draws what a DataLoader draws here, in this thread
+        self._state = None
+        return self._ahead(batches)
 
-        def source() -> Iterator[tuple[Any, Any]]:
-            batches = iter(self.loader)
+    def _ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        states: SimpleQueue[Any] = SimpleQueue()
+        snapshot = getattr(self.loader, "state_dict", lambda: None)
+
+        def with_state(_: None, batch: Any) -> Any:
             try:
-                for batch in batches:
-                    yield batch, snapshot and snapshot()
-                yield END, snapshot and snapshot()
-            finally:
-                del batches  # in the thread that runs it, rather than where it is garbage collected
+                states.put(snapshot())
+            except Exception as error:  # raised by state_dict(), if it is ever called
+                states.put(Failed(error))
+            return batch
 
-        for batch, state in ahead(source(), self.depth, self._lane, self._ring, self.transform):
-            self._state = state
-            if batch is not END:
-                yield batch
+        made = ahead(partial(_mapped, with_state, batches), repeat(None), self.depth, self._lane,
+                     self._ring, self.transform)  # fmt: skip
+        del batches  # let go in the thread that runs it
+        for batch in made:
+            self._state = states.get()
+            yield batch
             del batch  # do not keep a batch alive that the consumer has dropped
+        self._state = None
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # not there yet, while it is unpickled
+        # Python's own protocols are about this object; while it is unpickled, it has no loader.
+        if name == "loader" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.loader, name)
 
@@ -122,6 +140,8 @@ class DevicePrefetcher:
 
     def state_dict(self) -> Any:
         """The loader's state after the last batch that was yielded."""
+        if isinstance(self._state, Failed):
+            raise self._state.error
         current = self.loader.state_dict  # type: ignore[attr-defined]  # its AttributeError is right
         return current() if self._state is None else self._state
 
@@ -131,34 +151,7 @@ class DevicePrefetcher:
         self._state = None
 
 
-def checked_depth(depth: int) -> int:
-    """Checks `depth`, and returns it."""
-    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-        raise ValueError(f"depth={depth!r}: wanted a whole number of batches, at least 1")
-    return depth
-
-
-def pinned_ring(lane: Lane | None, depth: int) -> _C.Ring | None:
-    """The page-locked buffers; None without a device."""
-    return None if lane is None else _C.Ring(depth + MORE_BUFFERS, True)
-
-
-def ahead(
-    source: Iterator[tuple[Any, Any]],
-    depth: int,
-    lane: Lane | None,
-    ring: _C.Ring | None,
-    transform: Callable[[Any], Any] | None,
-) -> Iterator[tuple[Any, Any]]:
-    """Yields the (batch, state) pairs of a source, prefetched by `depth`; then (END, state)."""
-    iteration = Iteration(Producer(source, Channel(depth), lane, ring, transform))
-    try:
-        while True:
-            item = iteration.next()
-            if isinstance(item, Ended):
-                yield END, item.state
-                return
-            yield item.batch, item.state
-            del item
-    finally:
-        iteration.close()
+def _mapped(
+    function: Callable[[None, Any], Any], batches: Iterator[Any], tickets: Iterator[None]
+) -> Iterator[Any]:
+    return map(function, tickets, batches)

@@ -29,7 +29,13 @@ class Event(Protocol):
 
 
 class Lane(Protocol):
-    """What the prefetcher needs from a stream to a device."""
+    """What the prefetcher needs from a stream to a device.
+
+    Attributes:
+        pinned: whether copies are made from page-locked memory.
+    """
+
+    pinned: bool
 
     def working(self) -> AbstractContextManager[Any]:
         """Context in which this thread's copies and kernels go to the lane's stream."""
@@ -51,12 +57,53 @@ class Lane(Protocol):
         """
 
 
+class HostLane:
+    """Leaves tensors in host memory, and has nothing to wait for."""
+
+    pinned = False
+
+    def working(self) -> AbstractContextManager[Any]:
+        """Context that does nothing."""
+        return nullcontext()
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the tensor."""
+        return tensor
+
+    def wait_for_others(self) -> None:
+        """Does not wait."""
+
+    def done(self) -> Event:
+        """A point that has been reached."""
+        return PAST
+
+    def hand_over(self, done: Event, tensors: Iterable[torch.Tensor]) -> Event:
+        """A point that has been reached."""
+        return PAST
+
+
+class Past:
+    """A point that has been reached."""
+
+    def query(self) -> bool:
+        """Yes."""
+        return True
+
+    def synchronize(self) -> None:
+        """Does not wait."""
+
+
+PAST = Past()
+
+
 class DeviceLane:
     """A lane to a GPU: of CUDA, ROCm or XPU.
 
     Args:
         device: with its index.
     """
+
+    pinned = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -93,8 +140,8 @@ class DeviceLane:
         return reached
 
 
-def lane_to(device: torch.device | str | int) -> DeviceLane | None:
-    """The lane to a device; None for the CPU.
+def lane_to(device: torch.device | str | int) -> Lane:
+    """The lane to a device.
 
     Raises:
         ValueError: batches cannot be sent to such a device.
@@ -102,7 +149,7 @@ def lane_to(device: torch.device | str | int) -> DeviceLane | None:
     """
     wanted = torch.device(device)
     if wanted.type == "cpu":
-        return None
+        return HostLane()
     if wanted.type not in ("cuda", "xpu"):
         raise ValueError(
             f"device={str(device)!r}: wanted 'cpu', 'cuda' or 'xpu', with or without index"
@@ -116,8 +163,3 @@ def lane_to(device: torch.device | str | int) -> DeviceLane | None:
         )
     index = module.current_device() if wanted.index is None else wanted.index
     return DeviceLane(torch.device(wanted.type, index))
-
-
-def working(lane: Lane | None) -> AbstractContextManager[Any]:
-    """Makes the lane's stream the current one; does nothing without a lane."""
-    return nullcontext() if lane is None else lane.working()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import contextvars
+import copy
+import itertools
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -17,10 +21,13 @@ import torch
 
 from fusedopt import _C
 
-from .lanes import Event, Lane, working
-from .structure import difference, leaves_of, map_leaves, pins_itself
+from .lanes import Event, Lane
+from .structure import leaves_of, map_leaves, pins_itself
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 2e-5, 5e-4  # seconds between two polls of an event
+# Buffers needed for each tensor of a batch, besides those of the prefetched batches: for the batch
+# that is being made, the one that the consumer uses, and a copy that the device has not finished.
+MORE_BUFFERS = 3
 JOIN_SECONDS = 5.0  # a thread that is busy for longer ends by itself, after its current batch
 
 
@@ -30,73 +37,76 @@ class Ready:
 
     Attributes:
         batch: on its device, or on its way there.
-        state: the source's state after it, for `state_dict`.
-        done: event after its copies; None without a device.
+        done: event after its copies.
     """
 
     batch: Any
-    state: Any
-    done: Event | None
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The end of the source; `state` as in `Ready`."""
-
-    state: Any
+    done: Event
 
 
 @dataclass(frozen=True)
 class Failed:
-    """An error that the source raised in place of a batch."""
+    """An error that was raised in place of a batch, or of a row of tickets."""
 
     error: BaseException
 
 
-Item = Ready | Ended | Failed
+END = object()  # comes after the last ticket, and after the last batch
 
 
 class Channel:
-    """A bounded queue between two threads, with at most `depth` batches, finished or in progress.
+    """Tickets for batches go to another thread, batches come back: at most `depth` are under way.
 
     Made of SimpleQueues, which release the GIL while they wait; conditions would acquire and
     release it several times for each batch.
 
-    Attributes:
+    Args:
+        tickets: what batches are made from. They are drawn in the consumer's thread, so that what
+            they draw at random does not depend on the threads' timing.
         depth: how many batches the producer may be ahead.
-        closed: whether the consumer wants no more.
+
+    Attributes:
         reached: for each batch taken, an event of the consumer's stream at that time; None after
             `close`.
     """
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, tickets: Iterator[Any], depth: int) -> None:
         self.depth = depth
-        self.closed = False
         self.reached: SimpleQueue[Event | None] = SimpleQueue()
-        self._items: SimpleQueue[Item] = SimpleQueue()
-        self._room: SimpleQueue[None] = SimpleQueue()
+        self._closed = False
+        self._tickets = tickets
+        self._drawn: SimpleQueue[Any] = SimpleQueue()
+        self._made: SimpleQueue[Any] = SimpleQueue()
         for _ in range(depth):
-            self._room.put(None)
+            self._draw()
 
-    def reserve(self) -> bool:
-        """Waits for room for another batch; False if the channel is closed."""
-        self._room.get()
-        return not self.closed
+    def _draw(self) -> None:
+        try:
+            self._drawn.put(next(self._tickets, END))
+        except Exception as error:  # comes up in place of the batch
+            self._drawn.put(Failed(error))
 
-    def put(self, item: Item) -> None:
-        """Appends an item, for which `reserve` was called."""
-        self._items.put(item)
+    def drawn(self) -> Iterator[Any]:
+        """Waits for tickets, until there are no more or the consumer wants none."""
+        while (ticket := self._drawn.get()) is not END and not self._closed:
+            if isinstance(ticket, Failed):
+                raise ticket.error
+            yield ticket
 
-    def take(self) -> Item:
-        """Waits for the next item."""
-        item = self._items.get()
-        self._room.put(None)
+    def put(self, item: Any) -> None:
+        """Gives the consumer a Ready, a Failed or END."""
+        self._made.put(item)
+
+    def take(self) -> Any:
+        """Waits for the next item, and draws another ticket."""
+        item = self._made.get()
+        self._draw()
         return item
 
     def close(self) -> None:
         """Lets the producer end."""
-        self.closed = True
-        self._room.put(None)
+        self._closed = True
+        self._drawn.put(END)
         self.reached.put(None)
 
 
@@ -104,19 +114,20 @@ class Producer:
     """Takes batches from a source, copies them to the device, and transforms them.
 
     Args:
-        source: yields (batch, state).
+        source: the batches for a channel's tickets.
         channel: where they go.
-        lane: to the device; None leaves batches where they are.
-        ring: page-locked buffers that tensors are sent from.
+        lane: to the device.
+        ring: buffers that tensors are copied to: on the host, because the source may write to its
+            own again; for a device, because they are page-locked.
         transform: what is done to a batch on its device.
     """
 
     def __init__(
         self,
-        source: Iterator[tuple[Any, Any]],
+        source: Iterator[Any],
         channel: Channel,
-        lane: Lane | None,
-        ring: _C.Ring | None,
+        lane: Lane,
+        ring: _C.Ring,
         transform: Callable[[Any], Any] | None,
     ) -> None:
         self.source = source
@@ -126,56 +137,42 @@ class Producer:
         self.transform = transform
         # Pinned memory, which must stay alive until the event after its copies.
         self._sending: deque[tuple[Event, list[Any]]] = deque()
-        self._first: Any = None
 
     def run(self) -> None:
         """Runs until the source ends or fails, or the channel is closed."""
-        with working(self.lane):
+        with self.lane.working():
             try:
                 self._make_all()
             finally:
                 # A generator can only be closed where it is not running: in this thread.
-                if callable(close := getattr(self.source, "close", None)):
-                    close()
+                del self.source
                 # Before the ring, which lives on, may reuse the memory of these copies.
                 for done, _ in self._sending:
                     done.synchronize()
 
     def _make_all(self) -> None:
-        made = 0
-        while self.channel.reserve():
-            item = self._next(made)
-            ended = not isinstance(item, Ready)
+        for number in itertools.count():
+            item = self._next(number)
             self.channel.put(item)
-            del item  # do not keep a batch alive that the consumer drops
-            made += 1
-            if ended:
+            if not isinstance(item, Ready):
                 break
+            del item  # do not keep a batch alive that the consumer drops
 
-    def _next(self, number: int) -> Item:
+    def _next(self, number: int) -> Any:
         try:
-            batch, state = next(self.source)
+            batch = next(self.source, END)
             if batch is END:
-                return Ended(state)
-            if number == 0:
-                self._first = map_leaves(batch, _shape_of_leaf)
-            elif found := difference(self._first, batch):
-                raise ValueError(
-                    f"batch {number} of the loader has another structure than the first: {found}; "
-                    "wanted: the same containers, keys and tensors in every batch"
-                )
+                return END
+            self._wait_for_room(number)
             sent: list[Any] = []
-            if self.lane is not None:
-                self._wait_for_room(number)
-                batch, sent = self._sent(batch, self.lane)
             try:
+                batch = self._sent(batch, sent)
                 if self.transform is not None:
                     batch = self.transform(batch)
             finally:
-                if self.lane is not None:
-                    done = self.lane.done()
-                    self._sending.append((done, sent))
-            return Ready(batch, state, done if self.lane is not None else None)
+                done = self.lane.done()
+                self._sending.append((done, sent))
+            return Ready(batch, done)
         except BaseException as error:  # every error is raised in the consumer
             return Failed(error)
 
@@ -190,31 +187,36 @@ class Producer:
         while self._sending and self._sending[0][0].query():
             self._sending.popleft()
 
-    def _sent(self, batch: Any, lane: Lane) -> tuple[Any, list[Any]]:
-        """A batch on its device, and the pinned memory it is copied from."""
+    def _sent(self, batch: Any, sent: list[Any]) -> Any:
+        """A batch on its device; adds the memory that it is copied from to `sent`."""
+        lane = self.lane
         leaves = list(leaves_of(batch))
         if any(isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu" for leaf in leaves):
             lane.wait_for_others()
         plain = [leaf for leaf in leaves if is_plain(leaf)]
-        pageable = [leaf for leaf in plain if not leaf.is_pinned()]
-        assert self.ring is not None
-        copies = dict(
-            zip(map(id, pageable), self.ring.copy(pageable) if pageable else (), strict=True)
-        )
-        sent: list[Any] = [copies.get(id(leaf), leaf) for leaf in plain]
+        copied = [leaf for leaf in plain if not (lane.pinned and leaf.is_pinned())]
+        copies = dict(zip(map(id, copied), self.ring.copy(copied) if copied else (), strict=True))
+        sent += [copies.get(id(leaf), leaf) for leaf in plain]
         on_their_way = dict(zip(map(id, plain), sent, strict=True))
 
         def send(leaf: Any) -> Any:
             if (pinned := on_their_way.get(id(leaf))) is not None:
                 return lane.send(pinned)
-            if pins_itself(leaf):
+            if pins_itself(leaf) and lane.pinned:
                 leaf = leaf.pin_memory()
                 sent.append(leaf)
-            if isinstance(leaf, torch.Tensor) or pins_itself(leaf):
                 return lane.send(leaf)
-            return leaf
+            if isinstance(leaf, torch.Tensor):
+                return lane.send(leaf)
+            # Other memory that a source may write to again, such as a NumPy array's.
+            return copy.copy(leaf) if hasattr(leaf, "__array_interface__") else leaf
 
-        return map_leaves(batch, send), sent
+        try:
+            return map_leaves(batch, send, anew=True)
+        except TypeError:
+            if lane.pinned:
+                raise
+            return batch  # can stay where it is
 
 
 def wait_for(event: Event) -> None:
@@ -227,9 +229,6 @@ def wait_for(event: Event) -> None:
     while not event.query():
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
-
-
-END = object()  # a source yields it after its last batch
 
 
 def is_plain(leaf: Any) -> bool:
@@ -261,11 +260,6 @@ PARTS: dict[torch.layout, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = 
 }
 
 
-def _shape_of_leaf(leaf: Any) -> Any:
-    """A placeholder of a leaf for `difference`, without its memory."""
-    return torch.empty(0) if isinstance(leaf, torch.Tensor) else leaf
-
-
 _running: weakref.WeakSet[Iteration] = weakref.WeakSet()
 
 
@@ -280,12 +274,14 @@ class Iteration:
         self._channel = producer.channel
         self._lane = producer.lane
         self._process = os.getpid()
-        self._thread = threading.Thread(target=producer.run, name="fusedopt.data", daemon=True)
+        self._thread = threading.Thread(
+            target=with_settings_of_caller(producer.run), name="fusedopt.data", daemon=True
+        )
         self._thread.start()
         _running.add(self)
 
-    def next(self) -> Ready | Ended:
-        """The next batch, or `Ended`; raises an error that the source raised in its place."""
+    def next(self) -> Any:
+        """The next batch, or END; raises an error that the source raised in its place."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"this iterator belongs to process {self._process}, and its thread did not come "
@@ -297,9 +293,10 @@ class Iteration:
                 raise item.error
             finally:
                 del item  # avoids a reference cycle between the error and its traceback
-        if isinstance(item, Ready) and item.done is not None and self._lane is not None:
-            self._channel.reached.put(self._lane.hand_over(item.done, memory_of(item.batch)))
-        return item
+        if not isinstance(item, Ready):
+            return END
+        self._channel.reached.put(self._lane.hand_over(item.done, memory_of(item.batch)))
+        return item.batch
 
     def close(self) -> None:
         """Ends the thread; may be called several times."""
@@ -309,6 +306,64 @@ class Iteration:
         if self._thread is not threading.current_thread():
             self._thread.join(JOIN_SECONDS)
         _running.discard(self)
+
+
+def ahead(
+    source: Callable[[Iterator[Any]], Iterator[Any]],
+    tickets: Iterable[Any],
+    depth: int,
+    lane: Lane,
+    ring: _C.Ring,
+    transform: Callable[[Any], Any] | None,
+) -> Iterator[Any]:
+    """Yields the batches that `source`, in another thread, makes of an iterator of tickets."""
+    channel = Channel(iter(tickets), depth)
+    iteration = Iteration(Producer(source(channel.drawn()), channel, lane, ring, transform))
+    del source, tickets  # what they hold is let go in the thread that runs it
+    try:
+        while (batch := iteration.next()) is not END:
+            yield batch
+            del batch  # do not keep a batch alive that the consumer has dropped
+    finally:
+        iteration.close()
+
+
+def with_settings_of_caller(function: Callable[[], None]) -> Callable[[], None]:
+    """`function`, for a thread of its own, under what is set for the caller's thread alone.
+
+    Not torch's ThreadLocalState, which would keep a profiler or a dispatch mode alive in the thread
+    that the caller has left.
+    """
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    casts = [
+        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        for kind in ("cpu", "cuda", "xpu")
+    ]
+    cache = torch.is_autocast_cache_enabled()
+    device = torch.get_default_device()
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> None:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        if device.type != "cpu":  # it would slow down every call
+            torch.set_default_device(device)
+        for kind, dtype, enabled in casts:
+            torch.set_autocast_dtype(kind, dtype)
+            torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_cache_enabled(cache)
+        with torch.inference_mode(inference):  # sets the grad mode, too
+            torch.set_grad_enabled(grad)
+            function()
+
+    return partial(contextvars.copy_context().run, run)
+
+
+def checked_depth(depth: int) -> int:
+    """Checks `depth`, and returns it."""
+    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+        raise ValueError(f"depth={depth!r}: wanted a whole number of batches, at least 1")
+    return depth
 
 
 @atexit.register

@@ -45,8 +45,13 @@ def leaves_of(batch: Any) -> Iterator[Any]:
         yield from leaves_of(value)
 
 
-def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
+def map_leaves(batch: Any, function: Callable[[Any], Any], anew: bool = False) -> Any:
     """Applies `function` to every leaf; containers whose leaves stay the same are not rebuilt.
+
+    Args:
+        batch: of any structure.
+        function: of a leaf.
+        anew: rebuilds lists and dicts in any case.
 
     Raises:
         TypeError: a container cannot be rebuilt with other values.
@@ -54,8 +59,9 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     parts = parts_of(batch)
     if parts is None:
         return function(batch)
-    values = [map_leaves(value, function) for _, value in parts]
-    if all(new is old for new, (_, old) in zip(values, parts, strict=True)):
+    values = [map_leaves(value, function, anew) for _, value in parts]
+    same = all(new is old for new, (_, old) in zip(values, parts, strict=True))
+    if same and not (anew and type(batch) in (list, dict)):
         return batch
     try:
         return _rebuilt(batch, [key for key, _ in parts], values)
@@ -84,27 +90,3 @@ def _rebuilt(batch: Any, keys: list[Any], values: list[Any]) -> Any:
     if isinstance(batch, Mapping):
         return type(batch)(zip(keys, values, strict=True))  # type: ignore[call-arg]
     return type(batch)(values)
-
-
-def difference(first: Any, other: Any, where: str = "") -> str:
-    """Describes how the structure of `other` differs from that of `first`; empty if it does not.
-
-    Containers must have the same types and keys, and tensors must be in the same places. Lists may
-    have any length, because per-sample values often come as lists.
-    """
-    parts, others = parts_of(first), parts_of(other)
-    if parts is None or others is None:
-        tensors = isinstance(first, torch.Tensor), isinstance(other, torch.Tensor)
-        if parts is None and others is None and tensors[0] == tensors[1]:
-            return ""
-        return f"{where or 'it'} is a {type(other).__name__}, was a {type(first).__name__}"
-    if type(first) is not type(other):
-        return f"{where or 'it'} is a {type(other).__name__}, was a {type(first).__name__}"
-    if not isinstance(first, list):
-        keys, names = [key for key, _ in parts], [key for key, _ in others]
-        if keys != names:
-            return f"{where or 'it'} has the keys {names}, had {keys}"
-    for (key, old), (_, new) in zip(parts, others, strict=False):
-        if found := difference(old, new, f"{where}[{key!r}]"):
-            return found
-    return ""

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, StackDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    StackDataset,
+    TensorDataset,
+)
 
 from fusedopt import _C
 
-from .device_prefetcher import MORE_BUFFERS, ahead, checked_depth
-from .lanes import lane_to
-from .prefetching import END
-from .sampling import Distributed, Epoch, InOrder, Order, Sampled, State
+from .lanes import Lane, lane_to
+from .prefetching import MORE_BUFFERS, ahead, checked_depth
+from .sampling import Distributed, Epoch, InOrder, Order, Rows, Sampled, State
 
-# An epoch, and the number of its batches that were made.
-Position = tuple[Epoch, int]
+# What the order of rows is made from: cannot be set later.
+FIXED = ("dataset", "batch_size", "sampler", "batch_sampler", "drop_last", "generator")
 
 
 class TensorLoader:
@@ -31,12 +39,14 @@ class TensorLoader:
         *tensors: of one length in their first dimension, on the CPU, in memory or mapped from a
             file (``torch.from_file``, ``torch.from_numpy(numpy.memmap(...))``). Batches are lists
             of as many tensors. Or one mapping of names to tensors; batches are dicts then.
-        batch_size: rows of a batch. Default: 1.
+        batch_size: rows of a batch; None if `sampler` yields whole batches. Default: 1.
         shuffle: a new random order in every epoch. Default: False.
         drop_last: leaves out the last batch if it is smaller. Default: False.
         generator: draws the order; None seeds one from torch's default generator.
         sampler: an iterable of row numbers, such as a ``torch.utils.data.Sampler``, in place of
             `shuffle`. `set_epoch` calls its ``set_epoch``.
+        batch_sampler: an iterable of lists, arrays or tensors of row numbers, the batches, such as
+            a ``torch.utils.data.BatchSampler``.
         rank: of this process, which gets the rows that ``DistributedSampler`` would give it; call
             `set_epoch` before every epoch. Requires `world_size`.
         world_size: number of processes.
@@ -50,7 +60,8 @@ class TensorLoader:
         TypeError: something is not a tensor.
         ValueError: tensors differ in length, are not on the CPU, or have rows that are scattered
             in memory; arguments exclude each other; a loaded state is of another loader.
-        IndexError: while iterating: the sampler yields a row number that is out of range.
+        IndexError: while iterating: a sampler yields a row number that is out of range, or
+            something else than row numbers.
         RuntimeError: the device does not exist.
 
     Example:
@@ -64,11 +75,12 @@ class TensorLoader:
     def __init__(
         self,
         *tensors: torch.Tensor | Mapping[str, torch.Tensor],
-        batch_size: int = 1,
+        batch_size: int | None = 1,
         shuffle: bool = False,
         drop_last: bool = False,
         generator: torch.Generator | None = None,
-        sampler: Iterable[int] | None = None,
+        sampler: Iterable[Any] | None = None,
+        batch_sampler: Iterable[Any] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         seed: int = 0,
@@ -82,76 +94,86 @@ class TensorLoader:
             if named is None
             else StackDataset(**dict(zip(named, self._tensors, strict=True)))  # type: ignore[arg-type]
         )
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(
-                f"batch_size={batch_size!r}: wanted a whole number of rows, at least 1"
-            )
-        self.batch_size = batch_size
+        self._order = _order_of(self.dataset, batch_size, shuffle, drop_last, generator, sampler,
+                                batch_sampler, rank, world_size, seed)  # fmt: skip
+        self.batch_sampler = self._order.batches
+        self.sampler = getattr(self.batch_sampler, "sampler", None) if sampler is None else sampler
+        self.batch_size = batch_size if batch_sampler is None else None
         self.drop_last = drop_last
         self.generator = generator
-        self.sampler = sampler
+        self.device = torch.device("cpu" if device is None else device)
         self.depth = checked_depth(depth)
         self.transform = transform
         self._names = named
-        self._order = _order_of(
-            len(self._tensors[0]), shuffle, drop_last, generator, sampler, rank, world_size, seed
-        )
-        self._lane = None if device is None else lane_to(device)
-        self.device = torch.device("cpu" if device is None else device)
-        self._ring = _C.Ring(depth + MORE_BUFFERS, self._lane is not None)
-        self._position: Position | None = None  # in the epoch under way, after its last batch
-        self._resumed: State | None = None  # a loaded state; the next epoch begins with it
+        self._of = {
+            "order": type(self._order).__name__,
+            "rows": len(self._tensors[0]),
+            "batch_size": self.batch_size,
+            "drop_last": drop_last,
+            "shuffle": bool(shuffle),
+            "seed": None if rank is None else seed,
+            "world_size": world_size or 1,
+        }
+        self._position: Epoch | None = None  # the epoch under way
+        self._resumed: tuple[State, int] | None = None  # a loaded one; the next iteration goes on
+        self._make_buffers()
 
     def __len__(self) -> int:
-        samples = self._order.samples
-        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+        return len(self._order.batches)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        source = self._host_batches()
-        if self._lane is not None:
-            source = ahead(source, self.depth, self._lane, self._ring, self.transform)
-        for batch, position in source:
-            self._position = position
-            if batch is not END:
-                if self._lane is None and self.transform is not None:
-                    batch = self.transform(batch)
-                yield batch
-            del batch  # do not keep a batch alive that the consumer has dropped
-
-    def _host_batches(self) -> Iterator[tuple[Any, Position | None]]:
-        """The (batch, position after it) pairs of an epoch, in host memory."""
         resumed, self._resumed = self._resumed, None
-        epoch = self._order.begin()
-        done = resumed["batches"] if resumed else 0
-        samples = self._order.samples if epoch.index is None else len(epoch.index)
-        stop = samples - samples % self.batch_size if self.drop_last else samples
-        for first in range(done * self.batch_size, stop, self.batch_size):
-            count = min(self.batch_size, stop - first)
-            batch = self._ring.gather(self._tensors, epoch.index, first, count)
-            done += 1
-            if count < self.batch_size:
-                epoch.finish(len(self._tensors[0]))  # a DataLoader sees the end of the data here
-            named = batch if self._names is None else dict(zip(self._names, batch, strict=True))
-            yield named, (epoch, done)
-            del named
-            del batch
-        epoch.finish(len(self._tensors[0]))  # or here, after the last whole batch
-        yield END, None
+        epoch = self._order.resume(*resumed) if resumed else self._order.begin()
+        self._position = epoch
+        return self._batches(epoch)
 
-    def _state_at(self, position: Position | None) -> State:
-        epoch, batches = position or (None, 0)
+    def _batches(self, epoch: Epoch) -> Iterator[Any]:
+        """The batches of an epoch; draws their rows in the thread that asks for them."""
+        rows, gather = self._order.rows(epoch), partial(map, self._gathered)
+        made = (
+            gather(rows)
+            if self._lane is None
+            else ahead(gather, rows, self.depth, self._lane, self._ring, self.transform)
+        )
+        for batch in made:
+            epoch.passed()
+            self._position = epoch
+            if self._lane is None and self.transform is not None:
+                batch = self.transform(batch)
+            yield batch
+            del batch  # do not keep a batch alive that the consumer has dropped
+        self._position = None
+
+    def _gathered(self, rows: Rows) -> Any:
+        batch = self._ring.gather(self._tensors, *rows)
+        return batch if self._names is None else dict(zip(self._names, batch, strict=True))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and name in vars(self):
+            raise ValueError(
+                f"{name}: cannot be set, since the order of rows was made from it; make another "
+                "TensorLoader"
+            )
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, in this process or another, begins with an epoch of its own.
+        return {**vars(self), "_position": None, "_lane": None, "_ring": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
+        lane = lane_to(self.device)
+        self._lane: Lane | None = lane if lane.pinned else None
+        self._ring = _C.Ring(self.depth + MORE_BUFFERS, lane.pinned)
+
+    def _state_at(self, epoch: Epoch | None) -> State:
         return {
-            "batches": batches,
-            "order": self._order.between() if epoch is None else epoch.state,
-            "of": {
-                "order": type(self._order).__name__,
-                "rows": len(self._tensors[0]),
-                "batch_size": self.batch_size,
-                "drop_last": self.drop_last,
-                "shuffle": getattr(self._order, "shuffle", False),
-                "seed": getattr(self._order, "seed", None),
-                "world_size": getattr(self._order, "world_size", 1),
-            },
+            "batches": None if epoch is None else epoch.done,
+            "order": self._order.between() if epoch is None else self._order.state(epoch),
+            "of": self._of,
         }
 
     def set_epoch(self, epoch: int) -> None:
@@ -160,15 +182,13 @@ class TensorLoader:
         Raises:
             ValueError: neither depends on it: the order of a generator follows from its state.
         """
-        if isinstance(self._order, Distributed):
-            self._order.epoch = epoch
-        elif callable(method := getattr(self.sampler, "set_epoch", None)):
-            method(epoch)
-        else:
-            raise ValueError(
-                f"set_epoch({epoch}): the order of this loader does not depend on an epoch; "
-                "wanted: a loader with rank and world_size, or with a sampler that has set_epoch"
-            )
+        for place in (self.sampler, self.batch_sampler):
+            if callable(method := getattr(place, "set_epoch", None)):
+                return method(epoch)
+        raise ValueError(
+            f"set_epoch({epoch}): the order of this loader does not depend on an epoch; "
+            "wanted: a loader with rank and world_size, or with a sampler that has set_epoch"
+        )
 
     def state_dict(self) -> State:
         """The loader's position: after the last batch that was yielded, or between two epochs.
@@ -177,9 +197,9 @@ class TensorLoader:
         order. Without a generator, the orders of later epochs come from torch's default generator,
         whose state is not included.
         """
-        if self._resumed is not None:
-            return self._resumed
-        return self._state_at(self._position)
+        if self._resumed is None:
+            return self._state_at(self._position)
+        return {"batches": self._resumed[1], "order": self._resumed[0], "of": self._of}
 
     def load_state_dict(self, state_dict: State) -> None:
         """Makes the next iteration continue where `state_dict` was taken.
@@ -204,8 +224,9 @@ class TensorLoader:
                 f"state_dict: it is of a loader {'with' if given else 'without'} a generator, this "
                 f"one is {'without' if given else 'with'}; load it into such a one"
             )
-        self._order.restore(state_dict["order"], state_dict["batches"] > 0)
-        self._resumed = {**state_dict}
+        self._order.restore(state_dict["order"])
+        done = state_dict["batches"]
+        self._resumed = None if done is None else (state_dict["order"], done)
         self._position = None
 
 
@@ -250,29 +271,48 @@ def _checked_tensors(
 
 
 def _order_of(
-    rows: int,
+    dataset: Any,
+    batch_size: int | None,
     shuffle: bool,
     drop_last: bool,
     generator: torch.Generator | None,
-    sampler: Iterable[int] | None,
+    sampler: Iterable[Any] | None,
+    batch_sampler: Iterable[Any] | None,
     rank: int | None,
     world_size: int | None,
     seed: int,
 ) -> Order:
     """The order that the arguments ask for."""
-    if sampler is not None and (shuffle or rank is not None or world_size is not None):
+    given = batch_sampler if sampler is None else sampler
+    if given is not None and (shuffle or rank is not None or world_size is not None):
         raise ValueError(
             "sampler: excludes shuffle, rank and world_size, since it is the order; wanted: either"
         )
+    if batch_sampler is not None and (sampler is not None or batch_size != 1 or drop_last):
+        raise ValueError(
+            "batch_sampler: excludes sampler, batch_size and drop_last, since it makes the batches"
+        )
+    if batch_size is None and (sampler is None or drop_last):
+        raise ValueError("batch_size=None: wanted a sampler of whole batches, and no drop_last")
+    if batch_size is None or batch_sampler is not None:
+        assert given is not None
+        return Sampled(given, generator)
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: wanted a whole number of rows, at least 1")
+    if sampler is not None:
+        return Sampled(BatchSampler(sampler, batch_size, drop_last), generator)
     if (rank is None) != (world_size is None):
         raise ValueError(
             f"rank={rank!r}, world_size={world_size!r}: wanted both or neither; "
             "torch.distributed.get_rank() and get_world_size() tell them"
         )
-    if sampler is not None:
-        return Sampled(sampler, generator)
     if rank is None or world_size is None:
-        return InOrder(rows, shuffle, generator)
+        rows = (
+            RandomSampler(dataset, generator=generator)
+            if shuffle and len(dataset)
+            else SequentialSampler(dataset)
+        )
+        return InOrder(BatchSampler(rows, batch_size, drop_last), generator)
     if generator is not None:
         raise ValueError(
             "generator: excludes rank and world_size: all ranks must draw one order; pass seed"
@@ -281,4 +321,7 @@ def _order_of(
         raise ValueError(
             f"rank={rank!r}: wanted a number from 0 to world_size - 1 = {world_size - 1}"
         )
-    return Distributed(rows, shuffle, rank, world_size, seed, drop_last)
+    share: DistributedSampler[Any] = DistributedSampler(
+        dataset, world_size, rank, shuffle, seed, drop_last
+    )
+    return Distributed(BatchSampler(share, batch_size, drop_last), None)
