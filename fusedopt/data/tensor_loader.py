@@ -137,7 +137,8 @@ class TensorLoader:
         )
         for batch in made:
             epoch.passed()
-            self._position = epoch
+            if self._position is not epoch:  # another iteration was in between
+                self._position = epoch
             if self._lane is None and self.transform is not None:
                 batch = self.transform(batch)
             yield batch
