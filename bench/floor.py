@@ -9,7 +9,6 @@ the bytes mean, so any dtype is moved.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shlex
 import subprocess
@@ -22,8 +21,6 @@ from pathlib import Path
 
 import torch
 
-from .rows import cpu_name
-
 Rows = Sequence[Sequence[torch.Tensor]]
 
 SOURCE = Path(__file__).with_name("floor.c")
@@ -34,7 +31,7 @@ WORDS, WARPS = 4096, 8
 
 @cache
 def library() -> ctypes.CDLL:
-    """``floor.c``, compiled for this machine; kept in the user's cache folder.
+    """``floor.c``, compiled for this machine, which takes a second.
 
     Its threads are torch's: whichever OpenMP runtime torch has loaded serves both.
 
@@ -42,18 +39,12 @@ def library() -> ctypes.CDLL:
         RuntimeError: there is no C compiler, or it fails; says why.
     """
     compiler = os.environ.get("CC", "cc")
-    known = f"{SOURCE.read_text()} {compiler} {FLAGS} {cpu_name()}"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    built = home / "fusedopt" / f"floor-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     try:
-        if not built.exists():
-            built.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-                made = Path(folder, built.name)
-                command = [*shlex.split(compiler), *FLAGS.split(), "-o", str(made), str(SOURCE)]
-                subprocess.run(command, check=True, capture_output=True, text=True)
-                made.replace(built)  # at once: another process may be waiting for it
-        loaded = ctypes.CDLL(str(built))
+        with tempfile.TemporaryDirectory() as folder:
+            made = str(Path(folder, "floor.so"))
+            command = [*shlex.split(compiler), *FLAGS.split(), "-o", made, str(SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            loaded = ctypes.CDLL(made)
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{compiler} does not compile it: {error.stderr.strip()}") from None
     except OSError as error:

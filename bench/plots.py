@@ -49,19 +49,16 @@ def _panels(count: int, size: tuple[float, float], across: int = 2, **keywords: 
     """A canvas and so many panels, in rows of `across`, each of this size in inches."""
     across = min(across, count)
     down = math.ceil(count / across)
-    with pyplot.rc_context(STYLE):
-        canvas, grid = pyplot.subplots(
-            down, across, squeeze=False, figsize=(size[0] * across, size[1] * down), **keywords
-        )
+    figsize = (size[0] * across, size[1] * down)
+    canvas, grid = pyplot.subplots(down, across, squeeze=False, figsize=figsize, **keywords)
     for axes in grid.flat[count:]:
         axes.remove()
     return canvas, grid.flat[:count]
 
 
 def _save(canvas: Any, path: Path, title: str) -> Path:
-    with pyplot.rc_context(STYLE):
-        canvas.suptitle(title)
-        canvas.savefig(path)
+    canvas.suptitle(title)
+    canvas.savefig(path)
     pyplot.close(canvas)
     return path
 
@@ -75,6 +72,7 @@ def _colour(provider: str) -> str:
 # ---- the digits job ----
 
 
+@pyplot.rc_context(STYLE)
 def loss_curves(rows: Sequence[Row], path: Path) -> Path:
     """A panel a network and a colour an optimizer: fusedopt's thin curve on torch's broad one."""
     models = results.grouped(rows, "workload")
@@ -109,6 +107,7 @@ def loss_curves(rows: Sequence[Row], path: Path) -> Path:
 # ---- the pipeline job ----
 
 
+@pyplot.rc_context(STYLE)
 def pipeline_bars(rows: Sequence[Row], path: Path) -> Path:
     """A panel a workload and optimizer: torch's stages stacked, fusedopt's call beside them."""
     kinds = results.grouped(rows, "optimizer", "workload")
@@ -148,6 +147,7 @@ def pipeline_bars(rows: Sequence[Row], path: Path) -> Path:
     )  # fmt: skip
 
 
+@pyplot.rc_context(STYLE)
 def pipeline_passes(rows: Sequence[Row], path: Path) -> Path:
     """The passes over memory of the longest chain and of fusedopt's call, wide as their bytes."""
     theirs = max((row for row in rows if "stages" in row), key=lambda row: row["bytes"])
@@ -189,6 +189,7 @@ def step_pictures(rows: Sequence[Row], folder: Path, prefix: str = "") -> dict[s
     return found
 
 
+@pyplot.rc_context(STYLE)
 def step_bars(rows: Sequence[Row], path: Path, memory: bool = False) -> Path:
     """Bars of one optimizer, a panel a workload, the best on top: times, or memory."""
     workloads = results.grouped(rows, "workload")
@@ -233,6 +234,7 @@ def step_bars(rows: Sequence[Row], path: Path, memory: bool = False) -> Path:
                  f"{below}{results.source(rows[0])}")  # fmt: skip
 
 
+@pyplot.rc_context(STYLE)
 def sweep_lines(rows: Sequence[Row], path: Path) -> Path:
     """Bandwidth against size, a panel an optimizer, the floor a broad line behind the others."""
     kinds = results.grouped(rows, "optimizer", "dtype")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from timeit import default_timer  # torch.utils.benchmark's waits for the device
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.benchmark import timer
@@ -72,8 +72,7 @@ class Task:
     memory: int
 
 
-@dataclass(frozen=True)
-class Stats:
+class Stats(NamedTuple):
     """Median, 20th and 80th percentile of a sample, and the number of its values."""
 
     median: float

@@ -95,14 +95,7 @@ MODEL_TITLES = {"mlp": "multilayer perceptron 64-100-100-10", "conv": "convoluti
 
 @dataclass
 class Run:
-    """One copy of a network under one optimizer.
-
-    Attributes:
-        model: the copy.
-        optimizer: what trains it.
-        losses: mean cross-entropy of each batch so far.
-        step_seconds: duration of each ``optimizer.step()`` so far.
-    """
+    """One copy of a network under one optimizer; losses and times of its steps, batch by batch."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -167,15 +160,7 @@ def verdict(rows: Sequence[Row]) -> str:
 def measure(
     models: Sequence[str], names: Sequence[str], epochs: int, seed: int, advance: Advance
 ) -> Iterator[list[Row]]:
-    """Trains every model with every optimizer and yields the rows of each pair.
-
-    Args:
-        models: names in ``MODELS``.
-        names: names of optimizers.
-        epochs: passes over the training images.
-        seed: of the initial weights and the order of the batches.
-        advance: called before each epoch with a label, to move a progress bar.
-    """
+    """Trains every model with every optimizer, `advance` before each epoch, and yields the rows."""
     digits = Digits.load()
     for model, optimizer in itertools.product(models, names):
         torch.manual_seed(seed)

@@ -19,15 +19,9 @@ from .providers import imported
 class Workload:
     """A list of parameter shapes with a name.
 
-    Attributes:
-        name: as given to ``--workloads``.
-        summary: what it is, in a few words, for table titles.
-        shapes: one shape per parameter, in the model's order.
-        standard: runs where no workload is named.
-        grouped: each parameter is a param group of its own.
-        deepen: the shapes at another depth, for models that ``--scale`` can shrink.
-        depth: blocks the model has.
-        family: the name it is asked for and shown under, together with others.
+    Those that are `standard` run where no workload is named; if `grouped`, each parameter is a
+    param group of its own. A model that ``--scale`` can shrink has a `depth`, its number of blocks,
+    and gives its shapes at another one (`deepen`). A `family` is asked for and shown as one.
     """
 
     name: str
