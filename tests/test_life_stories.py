@@ -19,7 +19,7 @@ def quiet(caplog):
 
 @pytest.fixture
 def on_a_device(monkeypatch):
-    monkeypatch.setattr("fusedopt.optimizer.backend_for", lambda device: rehearsal.BACKEND)
+    monkeypatch.setattr("fusedopt.planned_steps.backend_for", lambda device: rehearsal.BACKEND)
 
 
 @pytest.mark.parametrize("stories", [60, pytest.param(1500, marks=pytest.mark.slow)])
@@ -89,6 +89,6 @@ class MissesReplacedGradients(Stale):
 @pytest.mark.parametrize("fault", Stale.__subclasses__(), ids=lambda fault: fault.__name__)
 def test_a_plan_that_misses_a_change_is_found(monkeypatch, fault):
     """By the stories of the quick run; without looking for the shortest."""
-    monkeypatch.setattr("fusedopt.optimizer.Packed", fault)
+    monkeypatch.setattr("fusedopt.planned_steps.Packed", fault)
     with pytest.raises(AssertionError):
         live(Story, 60, phases=[Phase.generate])
