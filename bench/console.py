@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from . import job_tables, rows
+from . import rows, tables
 from .rows import Row
-from .tables import Table
 from .timing import Advance, use_threads
 
 # Columns the widest table takes. A narrower terminal breaks its lines, which loses nothing; rich
@@ -35,7 +34,7 @@ class Run:
         """Prints a sentence."""
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def show(self, made: Iterable[Table]) -> None:
+    def show(self, made: Iterable[tables.Table]) -> None:
         """Prints tables."""
         for table in made:
             self.console.print(Text(table.title, style="bold"), table.to_rich(), sep="\n")
@@ -64,8 +63,8 @@ class Run:
         finally:
             self.rows += found
             if found:
-                self.show(job_tables.of(found))
-                for sentence in job_tables.sentences(found):
+                self.show(tables.of(found))
+                for sentence in tables.sentences(found):
                     self.say(sentence)
         return found
 

@@ -45,6 +45,19 @@ std::vector<std::string> state_names(const std::string& rule_name, const py::dic
   return {names.names, names.names + names.count};
 }
 
+// The scalar states they ask for: name, initial value, and value beside states from elsewhere.
+std::vector<std::tuple<std::string, double, double>> scalar_states(const std::string& rule_name,
+                                                                   const py::dict& group) {
+  const RuleInfo& rule = find_rule(rule_name);
+  const GroupValues values = GroupReader(rule).read(group, LiveTensors::kAll);
+  std::vector<std::tuple<std::string, double, double>> kept;
+  for (int k = 0; k < rule.scalar_states.count && rule.keeps_scalar_states(values.hyper); ++k) {
+    const ScalarState& state = rule.scalar_states.states[k];
+    kept.emplace_back(state.name, state.initial, state.loaded);
+  }
+  return kept;
+}
+
 py::dict rules() {
   py::dict result;
   for (const RuleInfo& rule : all_rules()) {
@@ -58,7 +71,11 @@ py::dict rules() {
     py::dict entry;
     entry["hyper"] = hyper;
     entry["states"] = states;
-    entry["has_step"] = rule.has_step;
+    py::list scalars;
+    for (int k = 0; k < rule.scalar_states.count; ++k) {
+      scalars.append(rule.scalar_states.states[k].name);
+    }
+    entry["scalar_states"] = scalars;
     result[rule.name] = entry;
   }
   return result;
@@ -74,10 +91,10 @@ py::object wrap(const at::Tensor& tensor) {
 
 void bind_memory(py::module_& m) {
   py::class_<StepOptions>(m, "StepOptions")
-      .def(py::init<double, bool, bool, double, bool, bool, bool>(), py::kw_only(),
+      .def(py::init<double, bool, bool, double, bool, bool, bool, bool>(), py::kw_only(),
            py::arg("max_norm") = -1.0, py::arg("measures") = false, py::arg("check") = false,
            py::arg("ema_decay") = -1.0, py::arg("zero_grads") = false,
-           py::arg("accumulates") = false, py::arg("mean") = true)
+           py::arg("accumulates") = false, py::arg("mean") = true, py::arg("scaled") = false)
       .def_readonly("measures", &StepOptions::measures)
       .def_readonly("check", &StepOptions::check)
       .def_readonly("accumulates", &StepOptions::accumulates)
@@ -90,17 +107,12 @@ void bind_memory(py::module_& m) {
           "options", [](const StepMemory& self) { return self.options; }, &StepMemory::set_options)
       .def("has_accumulated",
            [](StepMemory& self, py::handle p) { return self.member(p.ptr()).has_accumulated; })
-      .def("fresh", [](StepMemory& self, py::handle p) { return self.member(p.ptr()).fresh; })
       .def("remember",
-           [](StepMemory& self, py::handle param, bool has_accumulated, bool fresh) {
-             StepMemory::Member& member = self.member(param.ptr());
-             member.has_accumulated = has_accumulated;
-             member.fresh = fresh;
-           })
+           [](StepMemory& self, py::handle p) { self.member(p.ptr()).has_accumulated = true; })
       .def("forget", &StepMemory::forget)
       .def("end_window", &StepMemory::end_window)
       .def_property("window_weight", &StepMemory::window_weight, &StepMemory::set_window_weight)
-      // A decision's memory, by device; csrc/core/epilogue.h says what is in it.
+      // A decision's memory, by device; csrc/core/decision.h says what is in it.
       .def_property_readonly("decisions", [](const StepMemory& self) {
         py::list tensors;
         for (const auto& [device, tensor] : self.decisions()) tensors.append(wrap(tensor));
@@ -143,9 +155,10 @@ void bind_plan(py::module_& m) {
   py::class_<StepPlan>(m, "StepPlan")
       .def(py::init<const std::string&, const py::list&, const py::dict&, const py::list&,
                     const py::list&, const py::dict&, std::shared_ptr<CapturedTables>,
-                    std::shared_ptr<StepMemory>>(),
+                    std::shared_ptr<StepMemory>, bool>(),
            py::arg("rule"), py::arg("param_groups"), py::arg("state"), py::arg("rows"),
-           py::arg("idle"), py::arg("launchers"), py::arg("captured"), py::arg("memory"))
+           py::arg("idle"), py::arg("launchers"), py::arg("captured"), py::arg("memory"),
+           py::arg("new_states"))
       .def(
           "why_not",
           [](StepPlan& plan, const py::list& groups, const py::dict& state,
@@ -160,7 +173,6 @@ void bind_plan(py::module_& m) {
             return plan.step(groups, state, request_or(request, nothing));
           },
           py::arg("param_groups"), py::arg("state"), py::arg("request") = py::none())
-      .def_property_readonly("on_device", &StepPlan::on_device)
       .def("describe", &StepPlan::describe);
 
   // What `step` says of a flush that meets a gradient which is in no accumulator.
@@ -181,6 +193,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rules", &rules);
   m.def("has_reducer", &has_reducer, py::arg("param"));
   m.def("state_names", &state_names, py::arg("rule"), py::arg("group"));
+  m.def("scalar_states", &scalar_states, py::arg("rule"), py::arg("group"));
   m.def(
       "why_not_fused",
       [](const py::object& param, const py::object& grad) {
@@ -225,7 +238,7 @@ PYBIND11_MODULE(_C, m) {
   // The CUDA kernels' launcher, None in a build without them.
   m.def("cuda_launcher", []() -> py::object {
 #if defined(FUSEDOPT_WITH_CUDA)
-    return py::capsule(&cuda::cuda_launcher());
+    return py::capsule(&device::cuda_launcher());
 #else
     return py::none();
 #endif
@@ -238,7 +251,7 @@ PYBIND11_MODULE(_C, m) {
       [](py::object kernels) { return py::capsule(new TritonLauncher(std::move(kernels))); },
       py::arg("kernels"));
   m.def("layout", &layout);
-  m.def("gpu_runtime", &cuda::gpu_runtime);
+  m.def("gpu_runtime", &device::gpu_runtime);
 
   // Whether a profiler or observer would see a range recorded now.
   m.def("profiled",

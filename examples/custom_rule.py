@@ -124,7 +124,7 @@ class Twin(HeavyBall):
     def update(self, param: Tensor, buffer: Tensor, lr: float, momentum: float) -> None:
         """Updates in one block."""
         rule, kernel = interpreted()
-        scalars = rule.prepare(rule.Hyper(lr, momentum), 1, False)
+        scalars, _ = rule.prepare(rule.Hyper(lr, momentum), ())
         block = 1 << (param.numel() - 1).bit_length()
         kernel[(1,)](param, param.grad, buffer, *scalars, param.numel(), block)
 

@@ -197,7 +197,7 @@ class AccumulationMixin(StepOptionsMixin):
         sums = [self.state[p][ACCUMULATOR] for p in members]
         distributed.add_up_tensors(sums, extras.group, mean=not core.options.mean)
         for param in members:
-            core.remember(param, True, core.fresh(param))
+            core.remember(param)
         core.window_weight = weight
 
     # ---- A step in parts, of a backward ----------------------------------------------------------

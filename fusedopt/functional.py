@@ -59,7 +59,6 @@ from torch import Tensor
 from fusedopt._extension import _C
 from fusedopt.backends import backend_for
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.packing import Row
 from fusedopt.routing import SHARED_MEMORY, Group, Member, Wanted, sort
 
 _LIBRARY = torch.library.Library("fusedopt", "DEF")
@@ -75,7 +74,7 @@ class _Step:
         self.rule = optimizer_class._rule
         self.name = f"{self.rule}_"
         rule = _C.rules()[self.rule]
-        self.has_step: bool = rule["has_step"]
+        self.has_step = "step" in rule["scalar_states"]
         # In the order in which variants of the rule begin to use them.
         self.states = list(dict.fromkeys(name for names in rule["states"] for name in names))
         # The keywords: those of the constructor that the rule reads. A tuple has one an element,
@@ -111,6 +110,7 @@ class _Step:
         """The kernel of the operator, for every device."""
         group = self._group(kwargs)
         names = _C.state_names(self.rule, group)
+        is_first = bool(kwargs.get("is_first_step"))
         self._check_lengths(len(params), grads, names, kwargs)
         # A plan reads a parameter's own `.grad`, so it gets aliases, which share everything of the
         # parameters but that: memory, storage and version counter.
@@ -126,6 +126,10 @@ class _Step:
             if self.has_step:
                 entries["step"] = kwargs["state_steps"][index]
                 self._check_step(index, alias, entries["step"])
+            for name, initial, loaded in _C.scalar_states(self.rule, group):
+                if name.startswith("_"):
+                    value = initial if is_first else loaded
+                    entries[name] = torch.full((), value, device=alias.device)
             state[alias] = entries
         numbers = ["step"] * self.has_step
         wanted = Wanted(lambda _: names, lambda alias: alias.dtype, numbers=numbers)
@@ -135,9 +139,16 @@ class _Step:
             raise self._why_refused(members.torch, names, state)
         if shared := _C.overlapping([[step] for step in kwargs.get("state_steps", ())]):
             raise self._shared(shared)
-        rows: list[Row] = [(0, alias, bool(kwargs.get("is_first_step")), None) for alias in aliases]
         plan = _C.StepPlan(
-            self.rule, [group], state, rows, [], members.launchers, _C.CapturedTables(), None
+            self.rule,
+            [group],
+            state,
+            [(0, alias) for alias in aliases],
+            [],
+            members.launchers,
+            _C.CapturedTables(),
+            memory=None,
+            new_states=is_first,
         )
         outcome = plan.step([group], state)
         if isinstance(outcome, str):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from fusedopt import distributed, docstrings
+from fusedopt import docstrings
 from fusedopt._extension import _C
 from fusedopt.accumulation import AccumulationMixin
 from fusedopt.backward_parts import skip_tracing
@@ -24,8 +24,8 @@ from fusedopt.step_extras import (
     ENTRIES,
     WINDOW,
     Options,
-    StepExtras,
     arithmetic_dtype,
+    is_unstarted,
 )
 from fusedopt.wrappers import on_the_optimizer
 
@@ -79,10 +79,15 @@ class FusedOptimizer(AccumulationMixin):
         if rule is None:  # a user's subclass of one of ours
             return
         cls._rule = rule
-        cls._has_step = _C.rules()[rule]["has_step"]
+        scalars = _C.rules()[rule]["scalar_states"]
+        cls._has_step = "step" in scalars
+        cls._private_names = {name for name in scalars if name.startswith("_")}
         cls._all_state_names = {name for names in _C.rules()[rule]["states"] for name in names}
-        cls._torch_class = next(
-            base for base in cls.__mro__ if base.__module__.startswith("torch.optim.")
+        mixed_in = FusedOptimizer.__mro__  # whose last are torch's Optimizer and object
+        cls._torch_class = next(  # type: ignore[assignment]
+            base
+            for base in cls.__mro__
+            if not issubclass(base, FusedOptimizer) and base not in mixed_in
         )
 
         def init(self: FusedOptimizer, *args: Any, **kwargs: Any) -> None:
@@ -137,14 +142,11 @@ class FusedOptimizer(AccumulationMixin):
         self._stand_alone()
         self._packed = None
         self._captured = _C.CapturedTables()
-        # By parameter of a rule without step counts: an int32 on the device that is 1 until a step
-        # took place, where GradScaler may have skipped those there were.
-        self._first_flags = {}
         self._reported_torch = False
         self._swapped = False
         self._in_backward = None
         # None as long as a step is an update and nothing else.
-        self._extras = None
+        self._extras = self._memory = None
         if self._options.needed:
             self._need_extras()
 
@@ -238,29 +240,29 @@ class FusedOptimizer(AccumulationMixin):
 
     @on_the_optimizer
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. State of parameters whose every step GradScaler skipped is left out."""
+        """As torch's. State of parameters whose every step was skipped may be left out."""
         self._settle()
         state_dict = super().state_dict()
         if self._extras is not None:
             self._extras.complete(self._params(), state_dict["state"])
+        for number, state in state_dict["state"].items():
+            if self._private_names & state.keys():
+                saved = {n: value for n, value in state.items() if n not in self._private_names}
+                state_dict["state"][number] = saved
         return state_dict
 
     def _settle(self) -> None:
         """Makes the state tell what devices and the window know."""
         if self._extras is not None and self._extras.core.options.accumulates:
-            self._extras.settle(self._states(), self._first_flags)
-        else:
-            self._settle_first_flags()
-
-    def _settle_first_flags(self) -> None:
-        """Asks the device which parameters have taken a step; drops the state of the others."""
-        flags, self._first_flags = self._first_flags, {}
-        for param, flag in flags.items():
-            if flag.item() and param in self.state:
-                for name in self._all_state_names:
-                    self.state[param].pop(name, None)
-                if not self.state[param]:
+            return self._extras.settle(self._states(), self._private_names)
+        for param in self._params() if self._private_names else ():
+            state = self.state.get(param, {})
+            if is_unstarted(state, self._private_names):
+                for name in (*self._all_state_names, *self._private_names):
+                    state.pop(name, None)
+                if not state:
                     del self.state[param]
+        return None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but all or nothing; states take the dtype that ``state_dtype`` declares."""
@@ -293,7 +295,8 @@ class FusedOptimizer(AccumulationMixin):
             complete=self._has_step,
         )
         new._restore_window()
-        self.state, self.param_groups, self._extras = new.state, new.param_groups, new._extras
+        self.state, self.param_groups = new.state, new.param_groups
+        self._extras, self._memory = new._extras, new._memory
         self._packed = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -313,9 +316,9 @@ class FusedOptimizer(AccumulationMixin):
         """Continues the window of micro-batches that the state was saved in."""
         if self._extras is not None or any(WINDOW in state for state in self._states().values()):
             block = self._extras.block if self._extras is not None else None
-            self._extras = StepExtras(self._options, distributed.add_up_shards)
-            self._extras.restore(self._states())
-            self._extras.block = self._extras.group = block
+            extras = self._adopt_extras()
+            extras.restore(self._states(), self._all_state_names)
+            extras.block = extras.group = block
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()

@@ -48,9 +48,12 @@ class StepOptionsMixin(PlannedSteps):
     accumulation_dtype = _Option("torch.float32 makes accumulators with the rest of the state.")
 
     def _need_extras(self) -> StepExtras:
-        if self._extras is None:
-            self._extras = StepExtras(self._options, distributed.add_up_shards)
-        return self._extras
+        return self._extras if self._extras is not None else self._adopt_extras()
+
+    def _adopt_extras(self) -> StepExtras:
+        self._extras = extras = StepExtras(self._options, distributed.add_up_shards)
+        self._memory = extras.core
+        return extras
 
     def _set_options(self, **changes: Any) -> None:
         options = replace(self._options, **changes)  # raises before anything is changed

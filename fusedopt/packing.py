@@ -23,9 +23,6 @@ from fusedopt.routing import SHARED_MEMORY, Group, Member, Sorted, why_torch
 
 logger = logging.getLogger("fusedopt")
 
-# Group index, parameter, whether its state was created for the step to come, and the flag on the
-# device that says so where only the device knows.
-Row = tuple[int, Tensor, bool, "Tensor | None"]
 State = dict[Tensor, dict[str, Any]]
 
 
@@ -35,16 +32,17 @@ class NewState:
 
     Attributes:
         names: By group, the names of the rule's states.
+        scalars: By group, its scalar states: name, initial value, and value where states are
+            loaded without it.
         entries: Those of further entries, which options ask for.
         initial: What a parameter's entry starts as.
-        has_step: Whether the rule keeps a step count.
         may_skip: Whether a device may decide that a step does not take place, whatever the group.
     """
 
     names: Callable[[Group], list[str]]
+    scalars: Callable[[Group], list[tuple[str, float, float]]]
     entries: list[str]
     initial: Callable[[Tensor, str], Tensor]
-    has_step: bool
     may_skip: bool
 
 
@@ -59,8 +57,6 @@ class Packed:
         groups, state: The optimizer's.
         members: Its parameters.
         new: How states are made.
-        first_flags: By parameter of a rule without step counts, an int32 on the device that is 1
-            until a step took place, where a device may have skipped those there were.
         captured: Where tables go that graphs hold.
         memory: What steps are asked for and remember; None if they are updates and nothing else.
         named: The parameters that the coming step is for; others wait until they have a state.
@@ -76,81 +72,81 @@ class Packed:
         state: State,
         members: Sorted,
         new: NewState,
-        first_flags: dict[Tensor, Tensor],
         captured: Any,
         memory: Any,
         named: Sequence[Tensor] | None = None,
     ) -> None:
         self.memory = memory
         self._state = state
-        self._first_flags = first_flags
-        self._created: list[tuple[Tensor, list[str]]] = []
+        self._created: list[tuple[Tensor, str]] = []
         self.torch_params = members.torch
         launchers = members.launchers
         wanted = None if named is None else {id(param) for param in named}
         idle = [member.param for member in members.waiting]
-        rows: list[Row] = []
+        rows: list[tuple[int, Tensor]] = []
         try:
             for member in members.fused:
                 group, param = groups[member.group], member.param
-                stateful = new.has_step or new.entries or new.names(group)
+                stateful = new.entries or new.names(group) or new.scalars(group)
                 waits = wanted is not None and id(param) not in wanted and not state.get(param)
                 if waits and stateful:
                     idle.append(param)
                     continue
                 on_device = param.device.type in launchers
-                fresh = self._create_state(group, param, new, on_device=on_device)
+                self._create_state(group, param, new, on_device=on_device)
                 self._create_entries(param, new, on_device=on_device)
-                rows.append((member.group, param, fresh, first_flags.get(param)))
+                rows.append((member.group, param))
             self.rows = len(rows)
-            self._row_of = {id(param): row for row, (_, param, *_) in enumerate(rows)}
-            self.plan = _C.StepPlan(rule, groups, state, rows, idle, launchers, captured, memory)
+            self._row_of = {id(param): row for row, (_, param) in enumerate(rows)}
+            created = bool(self._created)
+            self.plan = _C.StepPlan(
+                rule, groups, state, rows, idle, launchers, captured, memory, created
+            )
         except BaseException:
             self.undo()
             raise
-        # Whether kernels read AMP's tensors, and nothing on the host needs them.
-        self.on_device = not self.torch_params and self.plan.on_device
 
-    def _create_state(self, group: Group, param: Tensor, new: NewState, *, on_device: bool) -> bool:
-        """Creates what the rule needs and is missing; returns whether anything was."""
-        names = new.names(group)
-        needed = ["step", *names] if new.has_step else names
+    def _create_state(self, group: Group, param: Tensor, new: NewState, *, on_device: bool) -> None:
+        """Creates what the rule needs and is missing."""
+        names, scalars = new.names(group), new.scalars(group)
+        public = [scalar for scalar in scalars if not scalar[0].startswith("_")]
+        private = scalars[len(public) :]
         state = self._state.get(param) or {}
-        if all(state.get(name) is not None for name in needed):
-            return False
-        state = self._state[param]
-        if new.has_step and state.keys() - set(new.entries):
-            raise KeyError(next(name for name in [*names, "step"] if state.get(name) is None))
-        if new.has_step and group.get("fused"):
-            _device_dtype_check_for_fused(param)
-        self._created.append((param, needed))
-        if new.has_step:
-            counts_there = group.get("fused") or group.get("capturable")
-            counts_there = counts_there or (new.may_skip and on_device)
-            state["step"] = torch.zeros(
-                (),
-                dtype=_get_scalar_dtype(is_fused=group.get("fused")),
-                device=param.device if counts_there else "cpu",
-            )
-        elif on_device and (group.get("fused") or new.may_skip):
-            # Only there is known if the step took place.
-            flag = torch.ones((), dtype=torch.int32, device=param.device)
-            self._first_flags[param] = flag
-        for name in names:
-            state[name] = new.initial(param, name)
-        return True
+        missing = [n for n in (*names, *(name for name, *_ in public)) if state.get(n) is None]
+        if missing and public:
+            if state.keys() - set(new.entries):
+                raise KeyError(missing[0])
+            if group.get("fused"):
+                _device_dtype_check_for_fused(param)
+        counts_there = group.get("fused") or group.get("capturable") or (new.may_skip and on_device)
+
+        def create_scalar(name: str, value: float, *, there: bool) -> None:
+            dtype = _get_scalar_dtype(is_fused=group.get("fused"))
+            device = param.device if there else "cpu"
+            self._create(param, name, torch.full((), value, dtype=dtype, device=device))
+
+        if missing:
+            for name, initial, _ in public:
+                create_scalar(name, initial, there=bool(counts_there))
+            for name in names:
+                self._create(param, name, new.initial(param, name))
+        for name, initial, loaded in private:
+            if missing or name not in self._state[param]:
+                create_scalar(name, initial if missing else loaded, there=on_device)
 
     def _create_entries(self, param: Tensor, new: NewState, *, on_device: bool) -> None:
         """Creates what options ask for, and has steps counted where they may be skipped."""
-        missing = [name for name in new.entries if name not in self._state.get(param, {})]
-        if missing:
-            self._created.append((param, missing))
-        for name in missing:
-            self._state[param][name] = new.initial(param, name)
-        if new.may_skip and on_device and new.has_step:
+        for name in new.entries:
+            if name not in self._state.get(param, {}):
+                self._create(param, name, new.initial(param, name))
+        if new.may_skip and on_device and "step" in self._state.get(param, {}):
             step = self._state[param]["step"]
             if step.device != param.device:
                 self._state[param]["step"] = step.to(param.device)
+
+    def _create(self, param: Tensor, name: str, value: Tensor) -> None:
+        self._state[param][name] = value
+        self._created.append((param, name))
 
     def report(self, class_name: str, total: int) -> bool:
         """Logs which parameters torch steps; returns whether there are any."""
@@ -219,12 +215,9 @@ class Packed:
 
     def undo(self) -> None:
         """Removes the state that was created for a step that did not take place, if one did not."""
-        for param, names in self._created:
-            state = self._state[param]
-            self._first_flags.pop(param, None)
-            for name in names:
-                state.pop(name, None)
-            if not state:
+        for param, name in self._created:
+            self._state[param].pop(name, None)
+            if not self._state[param]:
                 del self._state[param]
         self._created.clear()
 
@@ -233,20 +226,15 @@ def torch_step(
     optimizer: torch.optim.Optimizer,
     torch_class: type[torch.optim.Optimizer],
     members: Sequence[Member],
-    *,
-    amp: bool,
 ) -> None:
     """torch.optim's own step over some of the parameters, sharing the optimizer's state.
 
     What runs is the function inside torch's ``step``, without the wrapper that fires hooks (they
-    fire once, around ours), on a stand-in that has the optimizer's attributes and narrowed groups;
-    without ``amp``, it does not see GradScaler's tensors, which have been dealt with.
+    fire once, around ours), on a stand-in that has the optimizer's attributes, GradScaler's among
+    them, and narrowed groups.
     """
     stand_in = object.__new__(type(optimizer))
     stand_in.__dict__.update(optimizer.__dict__)
-    if not amp:
-        stand_in.__dict__.pop("grad_scale", None)
-        stand_in.__dict__.pop("found_inf", None)
     params: dict[int, list[Tensor]] = {}
     for member in members:
         params.setdefault(member.group, []).append(member.param)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fusedopt import distributed
 from fusedopt._extension import _C
-from fusedopt.amp import unscale_
 from fusedopt.backends import BACKENDS, Backend, backend_for
 from fusedopt.packing import NewState, Packed, torch_step
 from fusedopt.routing import Member, Route, Sorted, Wanted, describe, routes, sort
@@ -26,14 +27,15 @@ class PlannedSteps(Wrappable):
 
     _rule: ClassVar[str]
     _has_step: ClassVar[bool]
+    _private_names: ClassVar[set[str]]  # of entries of the state that `state_dict` leaves out
     _all_state_names: ClassVar[set[str]]
     _torch_class: ClassVar[type[torch.optim.Optimizer]]
 
     _options: Options
     _extras: StepExtras | None  # None as long as a step is an update and nothing else
+    _memory: Any  # what kernels and plans know of it, and of GradScaler; None likewise
     _packed: Packed | None
     _captured: Any
-    _first_flags: dict[Tensor, Tensor]
     _reported_torch: bool
 
     def _take(
@@ -52,13 +54,17 @@ class PlannedSteps(Wrappable):
             named: The parameters that take part; None for all.
             follows: The step is a further part of the last one, whose decision it obeys.
         """
-        own, packed, extras = self.__dict__, self._packed, self._extras
+        own = self.__dict__
         scaled = "grad_scale" in own or "found_inf" in own
+        if scaled and self._memory is None:
+            self._memory = _C.StepMemory(distributed.add_up_shards)
+            self._memory.options = _C.StepOptions(scaled=True)
+        packed = self._packed
         if (
             packed is not None
             and type(weight) is float
             and weight == 1.0
-            and packed.memory is (None if extras is None else extras.core)
+            and packed.memory is self._memory
             and not (scaled or packed.torch_params or follows or named is not None)
         ):  # nothing is asked for but what the plan knows
             request = None if purpose is _UPDATE else _REQUESTS[purpose]
@@ -71,51 +77,29 @@ class PlannedSteps(Wrappable):
                 return
 
         def step(packed: Packed) -> bool | str:
-            in_kernels = extras is not None or packed.on_device
-            scaler = (own.get("grad_scale"), own.get("found_inf")) if in_kernels else (None, None)
-            request = _C.StepRequest(purpose, weight, *scaler, follows)
-            unscales = scaled and not in_kernels and packed.rows > 0
-            if packed.torch_params or unscales:
-                members = packed.torch_params
-                if named is not None:
-                    ids = {id(param) for param in named}
-                    members = [member for member in members if id(member.param) in ids]
-                request.before = lambda: self._before(members, unscales, packed.rows > 0)
+            request = _C.StepRequest(
+                purpose, weight, own.get("grad_scale"), own.get("found_inf"), follows
+            )
+            members = packed.torch_params
+            if members and named is not None:
+                ids = {id(param) for param in named}
+                members = [member for member in members if id(member.param) in ids]
+            if members:
+                request.before = lambda: torch_step(self, self._torch_class, members)
             return packed.step(self.param_groups, self.state, request, named)
 
         took_place = self._with_plan(step, named)
         if not took_place and purpose == _UPDATE and self._packed is not None:
             self._packed.undo()
 
-    def _before(self, members: Sequence[Member], unscales: bool, unscaled: bool) -> bool:
-        """What a step does on the host between the plan's walk and the kernels' launches.
-
-        Args:
-            members: The parameters that torch steps.
-            unscales: Gradients are unscaled here, unless one was found that is not finite.
-            unscaled: Torch's step has nothing to do with GradScaler.
-
-        Returns:
-            Whether the step takes place.
-        """
-        if unscales:
-            found_inf, grad_scale = (self.__dict__.get(n) for n in ("found_inf", "grad_scale"))
-            if found_inf is not None and found_inf.item() != 0:
-                return False
-            if grad_scale is not None:
-                unscale_(self._params(), grad_scale)
-        if members:
-            torch_step(self, self._torch_class, members, amp=not unscaled)
-        return True
-
     def _with_plan(
         self, call: Callable[[Packed], bool | str | None], named: Sequence[Tensor] | None = None
     ) -> bool | str | None:
         """What ``call`` makes of the plan; of a new one, if it says why the plan does not fit."""
-        packed, memory = self._packed, self._extras.core if self._extras is not None else None
+        packed = self._packed
         outcome: bool | str | None = "there is none"
         try:
-            if packed is not None and packed.memory is memory:
+            if packed is not None and packed.memory is self._memory:
                 outcome = packed.why_rerouted(self.param_groups, self._backend_of) or call(packed)
             if isinstance(outcome, str):
                 self._packed = packed = None  # one that no longer fits must not survive a failure
@@ -166,10 +150,10 @@ class PlannedSteps(Wrappable):
 
         new = NewState(
             self._state_names,
+            partial(_C.scalar_states, self._rule),
             extras.entries() if extras is not None else [],
             initial,
-            self._has_step,
-            extras is not None and extras.core.options.may_skip,
+            self._memory is not None and self._memory.options.may_skip,
         )
         packed = Packed(
             self._rule,
@@ -177,9 +161,8 @@ class PlannedSteps(Wrappable):
             self.state,
             members,
             new,
-            self._first_flags,
             self._captured,
-            extras.core if extras is not None else None,
+            self._memory,
             named,
         )
         if not self._reported_torch:

@@ -25,8 +25,8 @@ State = dict[Tensor, dict[str, Any]]
 ACCUMULATOR, AVERAGE, WINDOW = "accumulated_grad", "ema", "window"
 ENTRIES = (ACCUMULATOR, AVERAGE, WINDOW)
 
-# Places of a StepDecision's fields in its memory; csrc/core/epilogue.h.
-_NORM32, _TAKE, _SKIP = (64, 68), (68, 72), (72, 76)
+# Where the fields of a StepDecision (csrc/core/decision.h) lie in its memory, by name.
+_PLACES = _C.layout()
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:
@@ -166,7 +166,7 @@ class StepExtras:
         self.weighed = False
         self.flushed = False
         self.left_out_before: list[Tensor] | None = None
-        self._views: dict[tuple[int, int], list[Tensor]] = {}
+        self._views: dict[str, list[Tensor]] = {}
         self.options = options
         self.adopt(options)
 
@@ -211,17 +211,16 @@ class StepExtras:
             return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         return param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
 
-    def settle(self, state: State, first_flags: dict[Tensor, Tensor]) -> None:
-        """Makes the window's entries in the state true."""
+    def settle(self, state: State, private: Iterable[str]) -> None:
+        """Makes the window's entries in the state true; `private` as for `is_unstarted`."""
         weight = self.core.window_weight if self.micro_batches else 0.0
         own = self.micro_batches > 0 and (self.group is not None or self.to_add_up)
         for param, entries in state.items():
             if WINDOW not in entries:
                 continue
-            flag = first_flags.get(param)
-            fresh = self.core.fresh(param) if flag is None else bool(flag.item())
+            waits = is_unstarted(entries, private)
             accumulated = self.core.has_accumulated(param)
-            numbers = [self.micro_batches, weight, accumulated, fresh, own]
+            numbers = [self.micro_batches, weight, accumulated, waits, own]
             entries[WINDOW].copy_(torch.tensor(numbers, dtype=torch.float64))
 
     def complete(self, params: Iterable[Tensor], saved: dict[int, dict[str, Any]]) -> None:
@@ -236,16 +235,20 @@ class StepExtras:
             if state and missing:
                 saved[number] = {**state, **{n: self.initial(param, n) for n in missing}}
 
-    def restore(self, state: State) -> None:
-        """Takes the window over from the entries in the state."""
+    def restore(self, state: State, names: Iterable[str]) -> None:
+        """Takes the window over from the entries in the state, of a rule with these states."""
         self.core.forget()
         self.micro_batches, self.group, self.to_add_up, weight = 0, None, False, 0.0
         for param, entries in state.items():
             if WINDOW in entries:
                 self.adopt(self.options, accumulates=True)
-                micro_batches, weight, accumulated, fresh, own = entries[WINDOW].tolist()
+                micro_batches, weight, accumulated, waits, own = entries[WINDOW].tolist()
                 self.micro_batches, self.to_add_up = int(micro_batches), own != 0
-                self.core.remember(param, accumulated != 0, fresh != 0)
+                if accumulated:
+                    self.core.remember(param)
+                if waits:  # a state that is not there is made anew
+                    for name in names:
+                        entries.pop(name, None)
         self.core.window_weight, self.weighed = weight, weight > 0
 
     # ---- The window -----------------------------------------------------------------------------
@@ -287,28 +290,35 @@ class StepExtras:
 
     # ---- What the last step found out ---------------------------------------------------------
 
-    def _found(self, field: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    def _found(self, field: str, dtype: torch.dtype) -> list[Tensor]:
         """A field of every decision, as a view of its memory."""
-        decisions = self.core.decisions
+        decisions, place = self.core.decisions, _PLACES[field]
         if field not in self._views or len(self._views[field]) != len(decisions):
-            self._views[field] = [decision[slice(*field)].view(dtype)[0] for decision in decisions]
+            self._views[field] = [
+                decision[place : place + dtype.itemsize].view(dtype)[0] for decision in decisions
+            ]
         return self._views[field]
 
     def grad_norm(self) -> Tensor | None:
         """The norm, on the device."""
-        norms = self._found(_NORM32, torch.float32)
+        norms = self._found("DECISION_NORM32", torch.float32)
         return norms[0].clone() if self.core.options.measures and norms else None
 
     def was_skipped(self) -> Tensor:
         """Whether there was no update, on the device."""
-        skips = self._found(_SKIP, torch.int32)
+        skips = self._found("DECISION_SKIP", torch.int32)
         return skips[0] != 0 if skips else torch.zeros((), dtype=torch.bool)
 
     def left_out(self) -> list[Tensor]:
         """For each device 1.0 if the last gradients were left out, else 0.0: a ``found_inf``."""
         if self.left_out_before is not None:
             return self.left_out_before
-        return [(take == 0).float() for take in self._found(_TAKE, torch.int32)]
+        return [(take == 0).float() for take in self._found("DECISION_TAKE", torch.int32)]
+
+
+def is_unstarted(entries: dict[str, Any], private: Iterable[str]) -> bool:
+    """Whether a state waits for its first step, as the entries that `state_dict` lacks say."""
+    return any(name in entries and not entries[name].item() for name in private)
 
 
 def initializes(groups: list[dict[str, Any]], state: State) -> bool:

@@ -7,7 +7,7 @@ import contextlib
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from harness import set_grads
+from harness import public, set_grads
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -99,8 +99,9 @@ def assert_equal_runs(ours, theirs):
     )
     for param, wanted in zip(params, others, strict=True):
         assert torch.equal(whole(param), wanted), f"parameters of shape {tuple(wanted.shape)}"
-        state, wanted_state = optimizer.state.get(param, {}), other.state.get(wanted, {})
-        assert list(state) == list(wanted_state)
+        state = public(optimizer.state.get(param, {}))
+        wanted_state = public(other.state.get(wanted, {}))
+        assert state.keys() == wanted_state.keys()
         for key, value in wanted_state.items():
             assert torch.equal(whole(state[key]), value), f"{key} of shape {tuple(wanted.shape)}"
             assert state[key].dtype == value.dtype

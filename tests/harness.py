@@ -45,9 +45,14 @@ def clone_params(params: Iterable[Tensor]) -> list[Tensor]:
     return [torch.nn.Parameter(param.detach().clone()) for param in params]
 
 
+def public(state: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a parameter's state that `state_dict` has."""
+    return {name: value for name, value in state.items() if not name.startswith("_")}
+
+
 def states_of(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
-    """Copies of the state tensors of a parameter, None and numbers left out."""
-    state = optimizer.state.get(param, {})
+    """Copies of the public state tensors of a parameter, None and numbers left out."""
+    state = public(optimizer.state.get(param, {}))
     return {k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor)}
 
 
@@ -103,8 +108,8 @@ def assert_same(
     for (pa, pb), (sa, sb) in zip(
         zip(a[0], b[0], strict=True),
         zip(
-            (a[1].state.get(p, {}) for p in a[0]),
-            (b[1].state.get(p, {}) for p in b[0]),
+            (public(a[1].state.get(p, {})) for p in a[0]),
+            (public(b[1].state.get(p, {})) for p in b[0]),
             strict=True,
         ),
         strict=True,

@@ -233,7 +233,7 @@ def test_saving_a_state_neither_drops_nor_changes_it(anywhere, case, fused):
             if saved:
                 entries = optimizer.state_dict()["state"]
                 assert [list(state) for state in entries.values()] == [
-                    list(optimizer.state[param]) for param in params
+                    list(states_of(optimizer, param)) for param in params
                 ]
                 assert all(entries.values())
         runs.append((params, optimizer))

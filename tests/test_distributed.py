@@ -24,7 +24,7 @@ from distributed_runs import (
     sharded,
     whole,
 )
-from harness import set_grads
+from harness import public, set_grads
 from ranks import on_ranks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -120,7 +120,7 @@ def test_fsdp_trains_beside_torch(world, mesh):
         assert_ours(optimizers[0])
         for ours, theirs in zip(*(net.parameters() for net in networks), strict=True):
             torch.testing.assert_close(local(ours), local(theirs), **CLOSE)
-            states = optimizers[0].state[ours], optimizers[1].state[theirs]
+            states = public(optimizers[0].state[ours]), optimizers[1].state[theirs]
             assert list(states[0]) == list(states[1])
             for a, b in zip(states[0].values(), states[1].values(), strict=True):
                 assert type(a) is type(b)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import ADAM, CASES, case_samples
-from harness import DTYPES, clone_params, make_params, set_grads
+from harness import DTYPES, clone_params, make_params, set_grads, states_of
 
 from fusedopt import _C, functional
 
@@ -106,7 +106,7 @@ def test_bits_are_the_classes(case, sample, dtype):
             operator(case)(others, grads, **states, **first, **spelled(kwargs))
     for index, (param, other) in enumerate(zip(params, others, strict=True)):
         assert torch.equal(param, other)
-        for name, value in optimizer.state.get(param, {}).items():
+        for name, value in states_of(optimizer, param).items():
             given = states["state_steps" if name == "step" else f"{name}s"]
             assert torch.equal(value, given[index]), name
 

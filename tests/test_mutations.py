@@ -136,7 +136,7 @@ MUTATIONS = [
     Mutation(
         "sgd forgets momentum",
         "rules/sgd.h",
-        "T(first ? 0.0 : h.momentum)",
+        "T(h.momentum)",
         "T(0.0)",
         r"sgd/momentum/step=2/",
     ),
@@ -269,9 +269,9 @@ MUTATIONS = [
     Mutation(
         "a CUDA body keeps the scaled gradient",
         "cuda/body.h",
-        "store(chunk.grad + at[1], grad);",
+        "store(chunk.grad + at[1], scaled);",
         "",
-        "grad_scale",
+        "surroundings",
         **_BODY,
     ),
     Mutation(
@@ -283,18 +283,18 @@ MUTATIONS = [
         **_BODY,
     ),
     Mutation(
-        "a prepare kernel bumps no step",
+        "a prepare kernel advances no scalar state",
         "device/prepare.h",
-        "slot.step.get() + 1.0",
-        "slot.step.get()",
+        "slot.scalar_states[k].set(states[k]);",
+        ";",
         "prepare",
         **_BODY,
     ),
     Mutation(
         "a prepare kernel takes every step for the first",
         "device/prepare.h",
-        "*slot.first = 0;",
-        "",
+        "states[k] = slot.scalar_states[k].get();",
+        "states[k] = 0.0;",
         "prepare",
         **_BODY,
     ),
@@ -319,7 +319,7 @@ MUTATIONS = [
     # ---- Around the update
     Mutation(
         "a check is forgotten",
-        "core/epilogue.h",
+        "core/decision.h",
         "(q.check == 0 || is_finite(sums.with))",
         "true",
         "a sum that is not finite skips",
@@ -327,7 +327,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a micro-batch that is left out counts",
-        "core/epilogue.h",
+        "core/decision.h",
         "if (take) v.weight = v.weight + weight;",
         "v.weight = v.weight + weight;",
         "one that is not finite does not count",
@@ -335,7 +335,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a window keeps its weight",
-        "core/epilogue.h",
+        "core/decision.h",
         "v.weight = 0.0;",
         "",
         "the window is empty",
@@ -343,7 +343,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a window of nothing is an update",
-        "core/epilogue.h",
+        "core/decision.h",
         "v.skip = total > 0.0 && (q.check == 0 || is_finite(squares)) ? 0 : 1;",
         "v.skip = 0;",
         "nothing is left",
@@ -351,7 +351,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the norm of a window ignores what was left out",
-        "core/epilogue.h",
+        "core/decision.h",
         "const double squares = take ? sums.with : sums.without;",
         "const double squares = sums.with;",
         "the last one is left out",
@@ -359,7 +359,7 @@ MUTATIONS = [
     ),
     Mutation(
         "clipping forgets the scale",
-        "core/epilogue.h",
+        "core/decision.h",
         "factor = factor * coefficient;",
         "factor = coefficient;",
         "unscaled, clipped",
@@ -414,8 +414,8 @@ MUTATIONS = [
         "cpu/kernels.h",
         "store(at.param + i, p);"
         " for (int k = 0; k < kStates; ++k) store(at.state[k] + i, s[k]);"
-        " if (!around.plain) finish(at, i, around);",
-        "if (!around.plain) finish(at, i, around); store(at.param + i, p);"
+        " if (!kPlain) finish(at, i, around);",
+        "if (!kPlain) finish(at, i, around); store(at.param + i, p);"
         " for (int k = 0; k < kStates; ++k) store(at.state[k] + i, s[k]);",
         "surroundings: .* on generic",
         **_GENERIC,

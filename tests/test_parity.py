@@ -12,6 +12,7 @@ from harness import (
     make_params,
     run,
     set_grads,
+    states_of,
 )
 from pairs import samples_in
 
@@ -45,7 +46,7 @@ def test_trajectory_is_torchs(case, sample, dtype):
     eps = torch.finfo(dtype).eps
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=ulps * eps, atol=ulps * eps)
-        mine_state, other_state = a.state.get(mine, {}), b.state.get(other, {})
+        mine_state, other_state = states_of(a, mine), states_of(b, other)
         assert list(mine_state) == list(other_state)
         for key, value in other_state.items():
             assert mine_state[key].dtype == value.dtype

@@ -138,11 +138,11 @@ def test_elements_past_two_to_the_31st(layout):
     layouts[0]["dims"] = 2
     layouts[0]["sizes"][:2] = (2**34, 2)
     layouts[0]["strides"][:, :2] = (2, 1)
-    slots = np.array([1.0, lr, 0, 0, 0, 0, 0], np.float32)  # SGD's
+    slots = np.array([1.0, lr, 0, 0, 0, 0], np.float32)  # SGD's
     table = [part.ctypes.data for part in (rows, chunks, layouts, slots)]
     kernels = kernel_package.interpreted().Launcher()
     key = [*_C.rules()].index("sgd"), 0, 0, 0, 0
-    kernels.launch("update", key, 1, 0, *table, 1, 0, 0, 0, 0)
+    kernels.launch("update", key, 1, 0, *table, 1, 0, 0, 0)
     assert torch.equal(param, expected)
 
 

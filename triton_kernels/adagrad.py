@@ -33,9 +33,11 @@ class Scalars(NamedTuple):
 
 
 @device
-def prepare(h, step, first):
-    """The scalars of a step, in double."""
-    return Scalars(div(h.lr, 1.0 + (step - 1.0) * h.lr_decay), h.weight_decay, h.eps)
+def prepare(h, scalar_states):
+    """The scalars of a step, in double, and the scalar states after it."""
+    step = scalar_states[0] + 1.0
+    lr = div(h.lr, 1.0 + (step - 1.0) * h.lr_decay)
+    return Scalars(lr, h.weight_decay, h.eps), (step,)
 
 
 @device

@@ -48,12 +48,13 @@ class Scalars(NamedTuple):
 
 
 @device
-def prepare(h, step, first):
-    """The scalars of a step, in double."""
+def prepare(h, scalar_states):
+    """The scalars of a step, in double, and the scalar states after it."""
+    step = scalar_states[0] + 1.0
     bias_correction1 = 1.0 - power(h.beta1, step)
     bias_correction2 = 1.0 - power(h.beta2, step)
     decoupled = h.decoupled_weight_decay != 0
-    return Scalars(
+    scalars = Scalars(
         h.beta1,
         1.0 - h.beta1,
         h.beta2,
@@ -64,6 +65,7 @@ def prepare(h, step, first):
         tl.where(decoupled, 0.0, h.weight_decay),
         tl.where(decoupled, 1.0 - h.lr * h.weight_decay, 1.0),
     )
+    return scalars, (step,)
 
 
 @device

@@ -1,7 +1,7 @@
 """Where the numbers lie that the host writes and kernels read: constants out of the extension.
 
 A table is the byte image that ``csrc/device/image.h`` makes of the structs in ``table.h`` and
-``prepare.h`` beside it; a decision is that of ``csrc/core/epilogue.h``. `layout` in
+``prepare.h`` beside it; a decision is that of ``csrc/core/decision.h``. `layout` in
 ``csrc/plan/triton.cpp`` has the names, so that no number is written twice.
 """
 

@@ -30,25 +30,24 @@ from .layout import (
     GRAD,
     HYPER_BYTES,
     HYPER_GRAD_FACTOR,
-    HYPER_LIVE,
     LAYOUT_ARRAY,
     LAYOUT_BYTES,
     LAYOUT_SIZES,
     LAYOUT_STRIDES,
     NUMBER_BYTES,
-    NUMBER_IS_DOUBLE,
+    NUMBER_DOUBLE,
+    NUMBER_FLOAT,
+    NUMBER_KIND,
     PREPARE_BYTES,
-    PREPARE_FIRST,
-    PREPARE_HOST_FIRST,
-    PREPARE_HOST_STEP,
     PREPARE_HYPER,
     ROW_BYTES,
     ROW_HEAD,
     ROW_LAYOUT,
     ROW_SLOT,
     ROW_WIDTH,
+    SCALAR_STATES,
 )
-from .math import device, div, narrow, widen
+from .math import device, narrow, widen
 
 THREADS = 256  # of a program; as in csrc/device/table.h: chunks are cut for it
 
@@ -133,7 +132,7 @@ def read_scalars(slot, K: tl.constexpr):
 
 
 @device
-def of_verdict(decision, AT64: tl.constexpr, AT32: tl.constexpr, COMPUTE: tl.constexpr):
+def of_decision(decision, AT64: tl.constexpr, AT32: tl.constexpr, COMPUTE: tl.constexpr):
     """A decision's number in the type of the arithmetic."""
     AT: tl.constexpr = AT64 if COMPUTE == tl.float64 else AT32
     return read(decision + AT, COMPUTE)
@@ -233,12 +232,12 @@ class Chunk(NamedTuple):
     """What an update needs of its chunk besides the places: numbers, addresses, and yes or no."""
 
     factor: tl.tensor  # that gradients are multiplied by
-    grad_scale: tl.tensor
     decision: tl.tensor
     take: tl.tensor  # gradients are read
     accumulates: tl.tensor  # there is an accumulator
     averages: tl.tensor  # there is an average
     zeroes: tl.tensor  # gradients are cleared
+    writes: tl.tensor  # gradients are multiplied by the decision's factor, for good
 
 
 @device
@@ -258,12 +257,12 @@ def update_places(places, mask, chunk, s, K: tl.constexpr):
     state = ()
     for k in tl.static_range(STATES):
         state = state + (widen(tl.load(places[2 + k], mask=mask), COMPUTE),)
-    if chunk.grad_scale != 0:
-        grad = div(grad, read(chunk.grad_scale, tl.float32).to(COMPUTE))
-        tl.store(places[1], narrow(grad, K.grad), mask=mask)
+    if chunk.writes:
+        decided = of_decision(chunk.decision, DECISION_FACTOR64, DECISION_FACTOR32, COMPUTE)
+        tl.store(places[1], narrow(grad * decided, K.grad), mask=mask)
     if chunk.accumulates:
         sum = tl.load(places[2 + STATES], mask=mask)
-        weight = of_verdict(chunk.decision, DECISION_IN64, DECISION_IN32, COMPUTE)
+        weight = of_decision(chunk.decision, DECISION_IN64, DECISION_IN32, COMPUTE)
         grad = tl.where(chunk.take, sum + grad * weight, sum)
         clear(places[2 + STATES], mask, COMPUTE, K)
     param, state = K.rule(param, grad * chunk.factor, state, s, K.variant)
@@ -273,8 +272,8 @@ def update_places(places, mask, chunk, s, K: tl.constexpr):
         tl.store(places[2 + k], narrow(state[k], K.state), mask=mask)
     if chunk.averages:
         average = tl.load(places[3 + STATES], mask=mask)
-        decay = of_verdict(chunk.decision, DECISION_EMA_DECAY64, DECISION_EMA_DECAY32, COMPUTE)
-        rest = of_verdict(chunk.decision, DECISION_EMA_REST64, DECISION_EMA_REST32, COMPUTE)
+        decay = of_decision(chunk.decision, DECISION_EMA_DECAY64, DECISION_EMA_DECAY32, COMPUTE)
+        rest = of_decision(chunk.decision, DECISION_EMA_REST64, DECISION_EMA_REST32, COMPUTE)
         average = decay * average + rest * widen(stored, COMPUTE)
         tl.store(places[3 + STATES], average, mask=mask)
     if chunk.zeroes:
@@ -342,7 +341,7 @@ def update_others(row, layout, begin, first, skipped, count, chunk, s, K: tl.con
 
 
 @device
-def update_chunk(rows, piece, layouts, slots, grad_scale, decision, zero_grads, K: tl.constexpr):
+def update_chunk(rows, piece, layouts, slots, decision, zero_grads, write_grads, K: tl.constexpr):
     """Updates a piece of a row."""
     WIDTH: tl.constexpr = K.width
     COMPUTE: tl.constexpr = K.compute
@@ -358,11 +357,12 @@ def update_chunk(rows, piece, layouts, slots, grad_scale, decision, zero_grads, 
         s = read_scalars(slot, K)
         take = has_grad
         if decision != 0:
-            factor = factor * of_verdict(decision, DECISION_FACTOR64, DECISION_FACTOR32, COMPUTE)
+            factor = factor * of_decision(decision, DECISION_FACTOR64, DECISION_FACTOR32, COMPUTE)
             take = take & (read(decision + DECISION_TAKE, tl.int32) != 0)
         averages = has(row, AVERAGE)
         zeroes = has_grad & (zero_grads != 0)
-        chunk = Chunk(factor, grad_scale, decision, take, accumulates, averages, zeroes)
+        writes = take & (write_grads != 0)
+        chunk = Chunk(factor, decision, take, accumulates, averages, zeroes, writes)
         layout = layout_of(row, layouts)
         # Elements before the aligned ones; all where there are none.
         first = count
@@ -395,20 +395,11 @@ def clear_chunk(rows, piece, layouts, zero_grads, K: tl.constexpr):
 
 
 @device
-def overflowed(found_inf):
-    """Whether GradScaler found that the step must not take place."""
-    found = found_inf != 0
-    if found:
-        found = read(found_inf, tl.float32) != 0
-    return found
-
-
-@device
-def skips(found_inf, decision):
+def skips(decision):
     """Whether nothing is updated."""
-    skip = overflowed(found_inf)
-    if decision != 0:
-        skip = skip | (read(decision + DECISION_SKIP, tl.int32) != 0)
+    skip = decision != 0
+    if skip:
+        skip = read(decision + DECISION_SKIP, tl.int32) != 0
     return skip
 
 
@@ -419,20 +410,19 @@ def fusedopt_update(
     layouts,
     slots,
     chunk_count,
-    grad_scale,
-    found_inf,
     decision,
     zero_grads,
+    write_grads,
     K: tl.constexpr,
 ):
     """Updates a table's rows. The grid is persistent: programs walk the chunks in address order.
 
     A step that is skipped still empties the accumulators, and clears gradients if asked to.
     """
-    if not skips(found_inf, decision):
+    if not skips(decision):
         for c in range(tl.program_id(0).to(tl.int64), chunk_count, tl.num_programs(0)):
             piece = chunks + c * CHUNK_BYTES
-            update_chunk(rows, piece, layouts, slots, grad_scale, decision, zero_grads, K)
+            update_chunk(rows, piece, layouts, slots, decision, zero_grads, write_grads, K)
     elif (zero_grads != 0) | (decision != 0):
         for c in range(tl.program_id(0).to(tl.int64), chunk_count, tl.num_programs(0)):
             clear_chunk(rows, chunks + c * CHUNK_BYTES, layouts, zero_grads, K)
@@ -441,24 +431,24 @@ def fusedopt_update(
 @device
 def read_number(number):
     """A DeviceNumber's value, in double."""
-    at = read(number, tl.int64)
-    if read(number + NUMBER_IS_DOUBLE, tl.int64) != 0:
-        value = read(at, tl.float64)
-    else:
-        value = read(at, tl.float32).to(tl.float64)
+    kind = read(number + NUMBER_KIND, tl.int64)
+    value = read(number, tl.float64)
+    if kind == NUMBER_DOUBLE:
+        value = read(read(number, tl.int64), tl.float64)
+    elif kind == NUMBER_FLOAT:
+        value = read(read(number, tl.int64), tl.float32).to(tl.float64)
     return value
 
 
 @device
-def count_step(number):
-    """Adds one to a DeviceNumber; its new value, in double."""
-    value = read_number(number) + 1.0
+def write_number(number, value):
+    """Gives a DeviceNumber another value, unless it is the host's."""
+    kind = read(number + NUMBER_KIND, tl.int64)
     at = read(number, tl.int64)
-    if read(number + NUMBER_IS_DOUBLE, tl.int64) != 0:
+    if kind == NUMBER_DOUBLE:
         tl.store(at.to(tl.pointer_type(tl.float64)), value)
-    else:
+    elif kind == NUMBER_FLOAT:
         tl.store(at.to(tl.pointer_type(tl.float32)), value.to(tl.float32))
-    return value
 
 
 @device
@@ -467,28 +457,21 @@ def read_hyper(hyper, K: tl.constexpr):
     COUNT: tl.constexpr = len(K.hyper._fields)
     values = ()
     for h in tl.static_range(COUNT):
-        value = read(hyper + 8 * h, tl.float64)
-        live = hyper + HYPER_LIVE + NUMBER_BYTES * h
-        if read(live, tl.int64) != 0:
-            value = read_number(live)
-        values = values + (value,)
+        values = values + (read_number(hyper + NUMBER_BYTES * h),)
     return K.hyper(*values)
 
 
 @device
 def prepare_slot(slot, hyper, to, K: tl.constexpr):
-    """Computes a slot's scalars, and counts the step where that happens on the device."""
+    """Computes a slot's scalars, and advances the scalar states that lie on the device."""
     COMPUTE: tl.constexpr = K.compute
     COUNT: tl.constexpr = len(K.scalars._fields)
-    step = read(slot + PREPARE_HOST_STEP, tl.float64)
-    if read(slot, tl.int64) != 0:
-        step = count_step(slot)
-    first = read(slot + PREPARE_HOST_FIRST, tl.int32)
-    at = read(slot + PREPARE_FIRST, tl.int64)
-    if at != 0:
-        first = read(at, tl.int32)
-        tl.store(at.to(tl.pointer_type(tl.int32)), 0)
-    scalars = K.rule(read_hyper(hyper, K), step, first != 0)
+    states = ()
+    for a in tl.static_range(SCALAR_STATES):
+        states = states + (read_number(slot + NUMBER_BYTES * a),)
+    scalars, states = K.rule(read_hyper(hyper, K), states)
+    for b in tl.static_range(len(states)):
+        write_number(slot + NUMBER_BYTES * b, states[b])
     to = to.to(tl.pointer_type(COMPUTE))
     tl.store(to, read(hyper + HYPER_GRAD_FACTOR, tl.float64).to(COMPUTE))
     for k in tl.static_range(COUNT):
@@ -496,15 +479,15 @@ def prepare_slot(slot, hyper, to, K: tl.constexpr):
 
 
 @triton.jit
-def fusedopt_update_prepare(slots, hypers, to, found_inf, decision, K: tl.constexpr):
+def fusedopt_update_prepare(slots, hypers, to, decision, K: tl.constexpr):
     """Fills the slots of an update, one a program, each one thread's work.
 
-    The step counts and flags that it reads it also writes, which needs no barrier as long as a
+    The scalar states that it reads it also writes, which needs no barrier as long as a
     program is one warp: of the threads that compute the same, Triton has one alone store.
     """
     SLOT_BYTES: tl.constexpr = (1 + len(K.scalars._fields)) * (K.compute.primitive_bitwidth // 8)
     slot = slots + tl.program_id(0).to(tl.int64) * PREPARE_BYTES
-    index = read(slot + PREPARE_HYPER, tl.int32).to(tl.int64)
-    if not skips(found_inf, decision) and index >= 0:
+    index = read(slot + PREPARE_HYPER, tl.int64)
+    if not skips(decision) and index >= 0:
         to = to + tl.program_id(0).to(tl.int64) * SLOT_BYTES
         prepare_slot(slot, hypers + index * HYPER_BYTES, to, K)

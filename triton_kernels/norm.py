@@ -1,7 +1,7 @@
 """The kernels that run before an update: the norm of gradients, and their way to the accumulators.
 
 The twins of ``csrc/cuda/norm.cu``; what they compute, and in which order, is in
-``csrc/core/epilogue.h``.
+``csrc/core/decision.h``.
 """
 
 from dataclasses import dataclass
@@ -39,8 +39,7 @@ from .multi_tensor import (
     element_of,
     has,
     layout_of,
-    of_verdict,
-    overflowed,
+    of_decision,
     place,
     read,
     row_of,
@@ -102,6 +101,15 @@ class DecisionInputs(NamedTuple):
     live_weight: tl.tensor
     grad_scale: tl.tensor
     found_inf: tl.tensor
+
+
+@device
+def overflowed(found_inf):
+    """Whether GradScaler found that the step must not take place."""
+    found = found_inf != 0
+    if found:
+        found = read(found_inf, tl.float32) != 0
+    return found
 
 
 @device
@@ -379,7 +387,7 @@ def accumulate_chunk(rows, piece, layouts, decision, zero_grads, K: tl.constexpr
         layout = layout_of(row, layouts)
         take = read(decision + DECISION_TAKE, tl.int32) != 0
         zeroes = zero_grads != 0
-        weight = of_verdict(decision, DECISION_IN64, DECISION_IN32, K.compute)
+        weight = of_decision(decision, DECISION_IN64, DECISION_IN32, K.compute)
         odd = (address(row, GRAD) + begin * GRAD_SIZE) % ACCESS_BYTES
         odd += (address(row, ACCUMULATOR) + begin * SIZE) % ACCESS_BYTES
         aligned = tl.where((layout == 0) & (odd == 0), count // WIDTH, 0) * WIDTH

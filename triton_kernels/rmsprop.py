@@ -45,9 +45,10 @@ class Scalars(NamedTuple):
 
 
 @device
-def prepare(h, step, first):
-    """The scalars of a step, in double."""
-    return Scalars(h.lr, h.alpha, 1.0 - h.alpha, h.eps, h.weight_decay, h.momentum)
+def prepare(h, scalar_states):
+    """The scalars of a step, in double, and the scalar states after it."""
+    scalars = Scalars(h.lr, h.alpha, 1.0 - h.alpha, h.eps, h.weight_decay, h.momentum)
+    return scalars, (scalar_states[0] + 1.0,)
 
 
 @device

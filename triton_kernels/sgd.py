@@ -36,22 +36,23 @@ class Scalars(NamedTuple):
     lr: tl.tensor
     weight_decay: tl.tensor
     nesterov: tl.tensor  # 0 or 1
-    momentum: tl.tensor  # of Nesterov's look-ahead, every step
-    buffer_decay: tl.tensor  # momentum, 0 on the first step
+    momentum: tl.tensor
     buffer_weight: tl.tensor  # 1 - dampening, 1 on the first step
 
 
 @device
-def prepare(h, step, first):
-    """The scalars of a step, in double."""
-    return Scalars(
+def prepare(h, scalar_states):
+    """The scalars of a step, in double, and the scalar states after it."""
+    kept = (h.momentum != 0) & (h.dampening != 0)
+    first = kept & (scalar_states[0] == 0)
+    scalars = Scalars(
         h.lr,
         h.weight_decay,
         h.nesterov,
         h.momentum,
-        tl.where(first, 0.0, h.momentum),
         tl.where(first, 1.0, 1.0 - h.dampening),
     )
+    return scalars, (scalar_states[0] * 0 + 1.0,)
 
 
 @device
@@ -61,7 +62,7 @@ def update(param, grad, state, s, VARIANT: tl.constexpr):
         grad = grad + s.weight_decay * param
     if VARIANT == MOMENTUM:
         buffer = state[0]
-        buffer = s.buffer_decay * buffer + s.buffer_weight * grad
+        buffer = s.momentum * buffer + s.buffer_weight * grad
         if s.nesterov != 0:
             grad = grad + s.momentum * buffer
         else:

@@ -22,6 +22,13 @@ struct Erased {
     return hyper;
   }
   static int variant(const HyperValues& hyper) { return Rule::variant(hyper_of(hyper)); }
+  static bool keeps_scalar_states(const HyperValues& hyper) {
+    if constexpr (requires { Rule::keeps_scalar_states(hyper_of(hyper)); }) {
+      return Rule::keeps_scalar_states(hyper_of(hyper));
+    } else {
+      return Rule::kScalarStates.count > 0;
+    }
+  }
   static StateNames states(int variant) { return Rule::states(variant); }
 
   template <class T>
@@ -31,24 +38,24 @@ struct Erased {
     return param == DType::kF64 ? sizeof(SlotType<double>) : sizeof(SlotType<float>);
   }
   template <class T>
-  static void write(const Hyper& hyper, double step, bool first, double grad_factor,
-                    std::byte* to) {
-    const SlotType<T> slot{T(grad_factor), Rule::template prepare<T>(hyper, step, first)};
+  static void write(const Hyper& hyper, double* scalar_states, double grad_factor, std::byte* to) {
+    const SlotType<T> slot{T(grad_factor), Rule::template prepare<T>(hyper, scalar_states)};
     std::memcpy(to, &slot, sizeof slot);
   }
-  static void write_slot(DType param, const HyperValues& hyper, double step, bool first,
+  static void write_slot(DType param, const HyperValues& hyper, double* scalar_states,
                          double grad_factor, std::byte* to) {
     const auto write_as = param == DType::kF64 ? write<double> : write<float>;
-    write_as(hyper_of(hyper), step, first, grad_factor, to);
+    write_as(hyper_of(hyper), scalar_states, grad_factor, to);
   }
 
   static RuleInfo info(const char* name, int index) {
     return {name,
             index,
-            Rule::kHasStep,
+            Rule::kScalarStates,
             Rule::kVariants,
             {Rule::kHyperNames, Rule::kHyperNames + kCount},
             variant,
+            keeps_scalar_states,
             states,
             slot_size,
             write_slot};

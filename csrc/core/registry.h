@@ -20,14 +20,16 @@ struct HyperValues {
 struct RuleInfo {
   const char* name;
   int index;  // position in the registry, the rule argument of FindKernel
-  bool has_step;
+  ScalarStates scalar_states;
   int variants;
   std::vector<HyperName> hyper_names;
   int (*variant)(const HyperValues& hyper);
+  bool (*keeps_scalar_states)(const HyperValues& hyper);
   StateNames (*states)(int variant);
-  // The size of a Slot, and writing one, for the compute type of a storage type.
+  // The size of a Slot, and writing one, for the compute type of a storage type. Writing advances
+  // the kMaxScalarStates scalar states it is given.
   int64_t (*slot_size)(DType param);
-  void (*write_slot)(DType param, const HyperValues& hyper, double step, bool first,
+  void (*write_slot)(DType param, const HyperValues& hyper, double* scalar_states,
                      double grad_factor, std::byte* slot);
 };
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "core/epilogue.h"
+#include "core/norm.h"
 
 namespace fusedopt {
 

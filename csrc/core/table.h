@@ -1,7 +1,7 @@
 // The tensor table: what a plan hands to a driver. Plain structs, torch-free.
 //
 // A row is one tensor: pointers to the parameter, its gradient and its states, a length, and the
-// index of the scalar slot (one a distinct group, step count and first-step flag) its update reads.
+// index of the scalar slot (one a distinct group and set of scalar states) that its update reads.
 // Long rows are cut into pieces and short rows gathered, so that every chunk is about the same work;
 // threads (or thread blocks) take chunks in address order. All arithmetic on sizes is 64-bit.
 #pragma once

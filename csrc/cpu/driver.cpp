@@ -19,7 +19,7 @@ bool reads(const Work& work, int array) {
 }
 bool writes(const Work& work, int array) {
   if (work.kind == Work::Kind::kNorm || !reads(work, array)) return false;
-  return array != 1 || work.epilogue.zero_grads != 0;
+  return array != 1 || work.epilogue.zero_grads != 0 || work.epilogue.write_grads != 0;
 }
 
 void* array_of(const Row& row, int array) {

@@ -109,11 +109,10 @@ struct Update {
     T rest = 0;
     bool take = true;
     bool zero = false;
-    bool plain = false;  // there is a gradient and nothing else
-
+    bool write = false;
     explicit Around(const Epilogue& epilogue) {
       zero = epilogue.zero_grads != 0;
-      plain = epilogue.decision == nullptr && !zero;
+      write = epilogue.write_grads != 0;
       if (epilogue.decision == nullptr) return;
       factor = epilogue.decision->template factor<T>();
       in = epilogue.decision->template in<T>();
@@ -123,23 +122,27 @@ struct Update {
     }
   };
 
+  template <bool kPlain>
   FUSEDOPT_INLINE static void vector(const Arrays& at, int64_t i, T factor, const Around& around,
                                      const SlotType& slot) {
     V p = load(at.param + i);
-    V g = around.plain ? load(at.grad + i) : gather_grad(at, i, around);
+    V g = kPlain ? load(at.grad + i) : gather_grad(at, i, around);
     g = g * factor;
     V s[kMaxStates];
     for (int k = 0; k < kStates; ++k) s[k] = load(at.state[k] + i);
     Rule::template update<kVariant>(p, g, s, slot.scalars);
     store(at.param + i, p);
     for (int k = 0; k < kStates; ++k) store(at.state[k] + i, s[k]);
-    if (!around.plain) finish(at, i, around);
+    if (!kPlain) finish(at, i, around);
   }
 
   // The gradient that the rule sees, up to the factor.
   FUSEDOPT_INLINE static V gather_grad(const Arrays& at, int64_t i, const Around& around) {
     V g{};
-    if (at.grad != nullptr && around.take) g = load(at.grad + i);
+    if (at.grad != nullptr && around.take) {
+      g = load(at.grad + i);
+      if (around.write) store(at.grad + i, g * around.factor);
+    }
     if (at.accumulator != nullptr) {
       prefetch(ahead_of(at.accumulator + i));
       const V sum = load(at.accumulator + i);
@@ -158,17 +161,21 @@ struct Update {
   }
 
   static void run(const Span& span, const Span& next, const Task& task) {
+    // Most steps find a gradient and nothing else; a branch in the loop would cost them 5%.
+    const bool plain = task.epilogue.decision == nullptr && task.epilogue.zero_grads == 0;
+    const auto loop = plain ? loop_over<true> : loop_over<false>;
     const int64_t whole = span.count - span.count % V::kLanes;
     if (whole != 0) loop(span, whole, next, task);
     if (whole == span.count) return;
     constexpr Rest::Sizes kSizes = Rest::sizes<P, G, S, T>();
     Rest rest(span, whole, kSizes);
     loop(rest.span, V::kLanes, rest.span, task);
-    rest.write_back(task.epilogue.zero_grads != 0);
+    rest.write_back(task.epilogue.zero_grads != 0 || task.epilogue.write_grads != 0);
   }
 
-  __attribute__((noinline)) static void loop(const Span& span, int64_t count, const Span& next,
-                                             const Task& task) {
+  template <bool kPlain>
+  __attribute__((noinline)) static void loop_over(const Span& span, int64_t count, const Span& next,
+                                                  const Task& task) {
     const SlotType slot = *static_cast<const SlotType*>(task.slot);
     const Arrays at(span);
     const Around around(task.epilogue);
@@ -184,7 +191,7 @@ struct Update {
     for (const int64_t end : ends) {
       for (; i < end; i += V::kLanes) {
         at.prefetch_at(ahead, i);
-        vector(at, i, factor, around, slot);
+        vector<kPlain>(at, i, factor, around, slot);
       }
       const auto begin = [&](const void* array, size_t size) {
         return reinterpret_cast<uintptr_t>(array) - i * size;
@@ -196,7 +203,7 @@ struct Update {
   }
 };
 
-// Sums of squares; core/epilogue.h says in which order. A block of 1,024 elements in 256 classes is
+// Sums of squares; core/norm.h says in which order. A block of 1,024 elements in 256 classes is
 // four rounds of 256: registers go through it column by column, and fold with the column half a round
 // away at once.
 template <class G, class T>

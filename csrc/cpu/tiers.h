@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "core/epilogue.h"
+#include "core/decision.h"
 #include "core/table.h"
 
 namespace fusedopt {

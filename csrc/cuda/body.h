@@ -15,6 +15,8 @@
 
 namespace fusedopt::cuda {
 
+using namespace device;  // what kernels read
+
 // Elements that one access moves.
 template <class Storage, int kCount>
 struct alignas(sizeof(Storage) * kCount) Pack {
@@ -105,9 +107,9 @@ struct Body {
     T* accumulator;
     T* average;
     int count;
-    const float* grad_scale;
     const StepDecision* decision;
     bool zero_grads;
+    bool write_grads;
     T factor;
     SlotType slot;
   };
@@ -120,15 +122,16 @@ struct Body {
         chunk.grad != nullptr && (chunk.decision == nullptr || chunk.decision->take != 0);
     if (take) {
       load(grad, chunk.grad + at[1]);
+      if (chunk.write_grads) {
+        T scaled[kWidth];
+        const T factor = chunk.decision->template factor<T>();
+        FUSEDOPT_UNROLL
+        for (int i = 0; i < kWidth; ++i) scaled[i] = grad[i] * factor;
+        store(chunk.grad + at[1], scaled);
+      }
     } else {
       FUSEDOPT_UNROLL
       for (int i = 0; i < kWidth; ++i) grad[i] = 0;
-    }
-    if (chunk.grad_scale != nullptr) {
-      const T scale = T(*chunk.grad_scale);
-      FUSEDOPT_UNROLL
-      for (int i = 0; i < kWidth; ++i) grad[i] = grad[i] / scale;
-      store(chunk.grad + at[1], grad);
     }
     if (chunk.accumulator != nullptr) {
       T sum[kWidth];
@@ -238,9 +241,8 @@ struct Body {
     return left;
   }
 
-  FUSEDOPT_HD static void run(const DeviceTable& table, const Scaler& scaler,
-                              const Epilogue& epilogue, int64_t chunk_index, int thread,
-                              int threads) {
+  FUSEDOPT_HD static void run(const DeviceTable& table, const Epilogue& epilogue,
+                              int64_t chunk_index, int thread, int threads) {
     const DeviceChunk piece = table.chunks[chunk_index];
     const DeviceRow& row = table.rows[piece.row];
     if (row.grad == nullptr && row.state[kAccumulator] == nullptr) return;
@@ -254,9 +256,9 @@ struct Body {
     chunk.accumulator = offset<T>(row.state[kAccumulator], begin);
     chunk.average = offset<T>(row.state[kAverage], begin);
     chunk.count = piece.count;
-    chunk.grad_scale = scaler.grad_scale;
     chunk.decision = epilogue.decision;
     chunk.zero_grads = epilogue.zero_grads != 0;
+    chunk.write_grads = epilogue.write_grads != 0;
     chunk.slot = static_cast<const SlotType*>(table.slots)[row.slot];
     chunk.factor = chunk.slot.grad_factor;
     if (epilogue.decision != nullptr)

@@ -6,13 +6,13 @@
 
 namespace fusedopt::cuda {
 
-// The kernel's address, as cudaLaunchKernel takes it; its arguments are a DeviceTable, a
-// Scaler and a Epilogue.
+// The kernel's address, as cudaLaunchKernel takes it; its arguments are a DeviceTable
+// and an Epilogue.
 template <class P, class G, class S>
 const void* find_kernel(int rule, int variant);
 
-// The kernel that fills scalar slots, for fp32 or fp64 arithmetic; its arguments are a PrepareTable,
-// a Scaler and a StepDecision's address, its threads one a slot.
+// The kernel that fills scalar slots, for fp32 or fp64 arithmetic; its arguments are a PrepareTable
+// and a StepDecision's address, its threads one a slot.
 const void* find_prepare_kernel(int rule, bool in_double);
 
 // The kernel that sums a norm; its arguments are a DeviceTable, a Measure and a DecisionInputs. And the one

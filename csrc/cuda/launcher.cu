@@ -59,14 +59,14 @@ class CudaLauncher final : public GpuLauncher {
   }
 
   Status update(const StorageTuple& storage, int rule, int variant, const DeviceTable& table,
-                const Scaler& scaler, const Epilogue& epilogue, Stream stream) override {
-    return launch_over_chunks(kernel_of(storage, rule, variant), stream, table, scaler, epilogue);
+                const Epilogue& epilogue, Stream stream) override {
+    return launch_over_chunks(kernel_of(storage, rule, variant), stream, table, epilogue);
   }
 
-  Status prepare(int rule, bool in_double, const PrepareTable& table, const Scaler& scaler,
-                 const StepDecision* decision, Stream stream) override {
+  Status prepare(int rule, bool in_double, const PrepareTable& table, const StepDecision* decision,
+                 Stream stream) override {
     const int64_t blocks = (table.slot_count + kThreads - 1) / kThreads;
-    return launch(find_prepare_kernel(rule, in_double), blocks, stream, table, scaler, decision);
+    return launch(find_prepare_kernel(rule, in_double), blocks, stream, table, decision);
   }
 
   Status norm(const StorageTuple& storage, const DeviceTable& table, const Measure& measure,
@@ -123,9 +123,13 @@ class CudaLauncher final : public GpuLauncher {
 
 }  // namespace
 
-Launcher& cuda_launcher() {
-  static CudaLauncher launcher;
+}  // namespace fusedopt::cuda
+
+namespace fusedopt {
+
+device::Launcher& device::cuda_launcher() {
+  static cuda::CudaLauncher launcher;
   return launcher;
 }
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt

@@ -8,7 +8,7 @@ namespace fusedopt::cuda {
 
 constexpr int kLanes = 32;  // threads that sum a block of a norm together
 
-// What one lane adds to the sums of a block; core/epilogue.h says in which order. A lane takes as many
+// What one lane adds to the sums of a block; core/norm.h says in which order. A lane takes as many
 // neighbouring elements as an access moves, so each of its sums is of one class.
 template <class G, class T>
 struct NormBody {

@@ -4,12 +4,14 @@
 
 namespace fusedopt::cuda {
 
+using namespace device;
+
 namespace {
 
 template <class Rule, class T>
-__global__ void update_prepare(PrepareTable table, Scaler scaler, const StepDecision* decision) {
+__global__ void update_prepare(PrepareTable table, const StepDecision* decision) {
   const int64_t slot = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (slot < table.slot_count) prepare_slot<Rule, T>(table, scaler, decision, slot);
+  if (slot < table.slot_count) prepare_slot<Rule, T>(table, decision, slot);
 }
 
 }  // namespace

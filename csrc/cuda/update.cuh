@@ -10,16 +10,15 @@ namespace fusedopt::cuda {
 
 // A persistent grid: blocks walk the chunks in address order.
 template <class Rule, int kVariant, class P, class G, class S>
-__global__ void __launch_bounds__(kThreads, 2)
-    update(DeviceTable table, Scaler scaler, Epilogue epilogue) {
-  const bool skip = skips(scaler, epilogue.decision);
+__global__ void __launch_bounds__(kThreads, 2) update(DeviceTable table, Epilogue epilogue) {
+  const bool skip = skips(epilogue.decision);
   if (skip && !Body<Rule, kVariant, P, G, S>::clears(epilogue)) return;
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
     const int thread = static_cast<int>(threadIdx.x);
     if (skip) {
       Body<Rule, kVariant, P, G, S>::clear(table, epilogue, chunk, thread, kThreads);
     } else {
-      Body<Rule, kVariant, P, G, S>::run(table, scaler, epilogue, chunk, thread, kThreads);
+      Body<Rule, kVariant, P, G, S>::run(table, epilogue, chunk, thread, kThreads);
     }
   }
 }

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <string>
 
-namespace fusedopt::cuda {
+namespace fusedopt::device {
 
 namespace {
 
@@ -183,4 +183,4 @@ void GpuLauncher::drop(void* at) {
   runtime().Free(at);  // at the end of a process the device may be gone already: nobody to tell
 }
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt::device

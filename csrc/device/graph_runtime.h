@@ -8,7 +8,7 @@
 #include "device/image.h"
 #include "device/launcher.h"
 
-namespace fusedopt::cuda {
+namespace fusedopt::device {
 
 // Enumerators that CUDA and HIP share; launcher.cu compares them with CUDA's.
 constexpr int kStreamNonBlocking = 1;
@@ -50,4 +50,4 @@ class UploadRing {
 // The path of that library; empty where none is loaded, or an unknown one.
 const char* gpu_runtime();
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt::device

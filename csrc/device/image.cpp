@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace fusedopt::cuda {
+namespace fusedopt::device {
 
 Image::Image(const Table& table, Scalars scalars, size_t hypers, int multiprocessors)
     : scalars_(scalars), row_count_(static_cast<int64_t>(table.rows.size())) {
@@ -79,4 +79,4 @@ PrepareTable Image::prepare_at(std::byte* base) const {
           reinterpret_cast<const DeviceHyper*>(base + hypers_), base + slots_, row_count_};
 }
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt::device

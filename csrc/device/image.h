@@ -9,7 +9,7 @@
 #include "device/prepare.h"
 #include "device/table.h"
 
-namespace fusedopt::cuda {
+namespace fusedopt::device {
 
 // Bytes of an image that are not yet on the device.
 struct Range {
@@ -58,4 +58,4 @@ class Image {
   std::vector<std::byte> bytes_;
 };
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt::device

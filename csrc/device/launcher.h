@@ -9,7 +9,7 @@
 #include "device/prepare.h"
 #include "device/table.h"
 
-namespace fusedopt::cuda {
+namespace fusedopt::device {
 
 // A cudaStream_t.
 using Stream = void*;
@@ -30,9 +30,8 @@ class Launcher {
 
   // One launch each, in the order of the stream. Rules and variants by their place in the registry.
   virtual Status update(const StorageTuple& storage, int rule, int variant,
-                        const DeviceTable& table, const Scaler& scaler, const Epilogue& epilogue,
-                        Stream stream) = 0;
-  virtual Status prepare(int rule, bool in_double, const PrepareTable& table, const Scaler& scaler,
+                        const DeviceTable& table, const Epilogue& epilogue, Stream stream) = 0;
+  virtual Status prepare(int rule, bool in_double, const PrepareTable& table,
                          const StepDecision* decision, Stream stream) = 0;
   // Sums the squares of a table's gradients, and makes a decision of them if told to: one launch,
   // of a table without chunks too.
@@ -54,4 +53,4 @@ class Launcher {
 // The one for CUDA; in launcher.cu.
 Launcher& cuda_launcher();
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt::device

@@ -7,38 +7,51 @@
 #include "device/table.h"
 #include "rules/all.h"
 
-namespace fusedopt::cuda {
+namespace fusedopt::device {
 
-// A number in device memory, of one of the two types torch keeps such numbers in.
+// A number that the host gives, or that lies in device memory in one of the two types torch keeps
+// such numbers in.
+enum class NumberKind : int64_t { kValue, kFloat, kDouble };
 struct DeviceNumber {
-  void* at;  // null: there is none
-  int64_t is_double;
+  union {
+    double value = 0.0;
+    void* at;
+  };
+  NumberKind kind = NumberKind::kValue;
 
   FUSEDOPT_HD double get() const {
-    return is_double != 0 ? *static_cast<const double*>(at) : *static_cast<const float*>(at);
+    if (kind == NumberKind::kValue) return value;
+    return kind == NumberKind::kDouble ? *static_cast<const double*>(at)
+                                       : *static_cast<const float*>(at);
   }
-  FUSEDOPT_HD void set(double value) const {
-    if (is_double != 0) {
-      *static_cast<double*>(at) = value;
-    } else {
-      *static_cast<float*>(at) = static_cast<float>(value);
-    }
+  FUSEDOPT_HD void set(double to) const {  // what the host gives, the host advances
+    if (kind == NumberKind::kDouble) *static_cast<double*>(at) = to;
+    if (kind == NumberKind::kFloat) *static_cast<float*>(at) = static_cast<float>(to);
   }
 };
 
+inline DeviceNumber number_at(void* at, bool is_double) {
+  DeviceNumber number;
+  number.at = at;
+  number.kind = is_double ? NumberKind::kDouble : NumberKind::kFloat;
+  return number;
+}
+
+inline DeviceNumber number_of(double value) {
+  DeviceNumber number;
+  number.value = value;
+  return number;
+}
+
 // A param group's hyperparameters; those that are device tensors are read at every launch.
 struct DeviceHyper {
-  double values[kMaxHyper];
-  DeviceNumber live[kMaxHyper];
+  DeviceNumber values[kMaxHyper];
   double grad_factor;
 };
 
 struct PrepareSlot {
-  DeviceNumber step;   // counts the updates that took place, where it counts on the device
-  double host_step;    // otherwise: the count after this step
-  int32_t* first;      // 1 until the first update took place, where only the device knows
-  int32_t host_first;  // otherwise
-  int32_t hyper;       // index into the groups' hyperparameters; -1: no part in this step
+  DeviceNumber scalar_states[kMaxScalarStates];
+  int64_t hyper = -1;  // index into the groups' hyperparameters; -1: no part in this step
 };
 
 struct PrepareTable {
@@ -48,34 +61,25 @@ struct PrepareTable {
   int64_t slot_count;
 };
 
-// A skipped step bumps nothing, and its slots are not read.
+// A skipped step advances nothing, and its slots are not read.
 template <class Rule, class T>
-FUSEDOPT_HD void prepare_slot(const PrepareTable& table, const Scaler& scaler,
-                              const StepDecision* decision, int64_t index) {
-  if (skips(scaler, decision)) return;
+FUSEDOPT_HD void prepare_slot(const PrepareTable& table, const StepDecision* decision,
+                              int64_t index) {
+  if (skips(decision)) return;
   using Hyper = typename Rule::Hyper;
   const PrepareSlot& slot = table.prepare[index];
   if (slot.hyper < 0) return;
   const DeviceHyper& from = table.hypers[slot.hyper];
   constexpr int kCount = sizeof(Hyper) / sizeof(double);
   double values[kCount];
-  for (int h = 0; h < kCount; ++h) {
-    values[h] = from.live[h].at != nullptr ? from.live[h].get() : from.values[h];
-  }
+  for (int h = 0; h < kCount; ++h) values[h] = from.values[h].get();
   Hyper hyper;
   memcpy(&hyper, values, sizeof hyper);
-  double step = slot.host_step;
-  if (slot.step.at != nullptr) {
-    step = slot.step.get() + 1.0;
-    slot.step.set(step);
-  }
-  bool first = slot.host_first != 0;
-  if (slot.first != nullptr) {
-    first = *slot.first != 0;
-    *slot.first = 0;
-  }
+  double states[kMaxScalarStates];
+  for (int k = 0; k < kMaxScalarStates; ++k) states[k] = slot.scalar_states[k].get();
   static_cast<Slot<T, typename Rule::template Scalars<T>>*>(table.slots)[index] = {
-      T(from.grad_factor), Rule::template prepare<T>(hyper, step, first)};
+      T(from.grad_factor), Rule::template prepare<T>(hyper, states)};
+  for (int k = 0; k < kMaxScalarStates; ++k) slot.scalar_states[k].set(states[k]);
 }
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt::device

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-namespace fusedopt::cuda {
+namespace fusedopt::device {
 
 namespace {
 
@@ -73,4 +73,4 @@ int64_t chunk_elements(int64_t numel, int multiprocessors, const StorageTuple& s
   return std::clamp(wanted / least * least, least, kMost / least * least);
 }
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt::device

@@ -5,10 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/epilogue.h"
+#include "core/decision.h"
 #include "core/table.h"
 
-namespace fusedopt::cuda {
+namespace fusedopt::device {
 
 // Threads of a block, for which chunks are cut.
 constexpr int kThreads = 256;
@@ -63,19 +63,6 @@ struct DeviceTable {
   int64_t chunk_count;
 };
 
-// GradScaler's tensors, null without one, for an update without a decision. Every thread of a launch
-// takes the same branch on them.
-struct Scaler {
-  // What gradients are still multiplied by; they are written back without.
-  const float* grad_scale = nullptr;
-  const float* found_inf = nullptr;  // not 0: nothing is updated
-};
-
-FUSEDOPT_HD static bool skips(const Scaler& scaler, const StepDecision* decision) {
-  return (scaler.found_inf != nullptr && *scaler.found_inf != 0.0f) ||
-         (decision != nullptr && decision->skip != 0);
-}
-
 // Where the sums of a norm go, and who makes a decision of them.
 struct Measure {
   NormSums* blocks;
@@ -99,4 +86,4 @@ void cut(const Table& table, int64_t elements, std::vector<DeviceChunk>& chunks)
 // enough, and a chunk is at least an access a thread.
 int64_t chunk_elements(int64_t numel, int multiprocessors, const StorageTuple& storage);
 
-}  // namespace fusedopt::cuda
+}  // namespace fusedopt::device

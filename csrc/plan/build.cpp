@@ -19,13 +19,13 @@ class Builder {
       : plan_(plan), options_(plan.options), state_(state), launchers_(launchers) {}
 
   void add_groups(const py::list& param_groups, const py::list& rows);
-  void add_row(int group, const py::object& param, HostRow host);
+  void add_row(int group, const py::object& param);
   std::vector<NormDomain> norm_domains();
 
  private:
-  cuda::Launcher* launcher_for(c10::Device device) const;
-  int schema_for(const py::dict& state, const StateNames& names);
-  int table_for(StorageTuple storage, int variant, c10::Device device, cuda::Scalars scalars);
+  device::Launcher* launcher_for(c10::Device device) const;
+  int schema_for(const py::dict& state, const StateNames& names, const ScalarStates& scalars);
+  int table_for(StorageTuple storage, int variant, c10::Device device, device::Scalars scalars);
   uint32_t remember(c10::IntArrayRef dims);
 
   PlanRows& plan_;
@@ -34,10 +34,10 @@ class Builder {
   const py::dict& launchers_;
 };
 
-cuda::Launcher* Builder::launcher_for(c10::Device device) const {
+device::Launcher* Builder::launcher_for(c10::Device device) const {
   const std::string type = c10::DeviceTypeName(device.type(), /*lower_case=*/true);
   if (!launchers_.contains(type.c_str())) return nullptr;
-  return launchers_[type.c_str()].cast<py::capsule>().get_pointer<cuda::Launcher>();
+  return launchers_[type.c_str()].cast<py::capsule>().get_pointer<device::Launcher>();
 }
 
 void Builder::add_groups(const py::list& param_groups, const py::list& rows) {
@@ -58,18 +58,22 @@ void Builder::add_groups(const py::list& param_groups, const py::list& rows) {
   for (size_t g = 0; g < plan_.groups.size(); ++g) {
     Group& group = plan_.groups[g];
     group.values = plan_.read_group(group, py::reinterpret_borrow<py::dict>(param_groups[g]));
-    group.variant = plan_.rule.variant(group.values.hyper);
+    group.flags = group_flags(plan_.rule, group.values);
   }
 }
 
-void Builder::add_row(int group, const py::object& param, HostRow host) {
+void Builder::add_row(int group, const py::object& param) {
+  HostRow host;
   const Local local = local_of(param.ptr());
   const at::Tensor& tensor = THPVariable_Unpack(local.tensor);
   const py::object grad_or_none = param.attr("grad");
   const Local local_grad = grad_or_none.is_none() ? local : local_of(grad_or_none.ptr());
   const at::Tensor& grad = THPVariable_Unpack(local_grad.tensor);
   Wrapping wrapping{static_cast<int>(plan_.rows.size())};
-  const StateNames names = plan_.rule.states(plan_.groups[group].variant);
+  const GroupFlags& flags = plan_.groups[group].flags;
+  const StateNames names = plan_.rule.states(flags.variant);
+  const ScalarStates scalars =
+      flags.keeps_scalar_states ? plan_.rule.scalar_states : ScalarStates{};
   std::vector<at::Tensor> arrays = {tensor, grad};
   const GroupValues& values = plan_.groups[group].values;
   // Where a device's memory is the host's, the flags say whose count it is, as torch has it.
@@ -80,7 +84,7 @@ void Builder::add_row(int group, const py::object& param, HostRow host) {
   const bool accumulates = options_.accumulates;
   const bool averages = options_.averages();
   arrays.resize(kMaxArrays);
-  if (names.count > 0 || plan_.rule.has_step || accumulates || averages) {
+  if (names.count > 0 || flags.keeps_scalar_states || accumulates || averages) {
     const auto entry = py::reinterpret_borrow<py::dict>(state_[param]);
     const auto add_state = [&](int role, const char* name) {
       const Local local_state = local_of(py::object(entry[name]).ptr());
@@ -93,13 +97,16 @@ void Builder::add_row(int group, const py::object& param, HostRow host) {
     for (int k = 0; k < names.count; ++k) add_state(k, names.names[k]);
     if (accumulates) add_state(kAccumulator, kAccumulatorName);
     if (averages) add_state(kAverage, kAverageName);
-    host.schema = schema_for(entry, names);
-    if (plan_.rule.has_step) {
-      host.roles |= 1u << kStep;
-      const at::Tensor& step = THPVariable_Unpack(py::object(entry["step"]).ptr());
-      host.step_on_device = launcher_for(tensor.device()) != nullptr &&
-                            step.device() == tensor.device() && (!step.is_cpu() || counts_there);
-      device_scalars = device_scalars || host.step_on_device;
+    host.schema = schema_for(entry, names, scalars);
+    for (int k = 0; k < scalars.count; ++k) {
+      host.roles |= 1u << (kScalar + k);
+      const char* name = scalars.states[k].name;
+      const at::Tensor& scalar = THPVariable_Unpack(py::object(entry[name]).ptr());
+      const bool there = launcher_for(tensor.device()) != nullptr &&
+                         scalar.device() == tensor.device() &&
+                         (!scalar.is_cpu() || counts_there || name[0] == '_');
+      if (there) host.on_device |= 1u << k;
+      device_scalars = device_scalars || there;
     }
   }
   const at::Tensor& first_state = names.count > 0 ? arrays[2] : tensor;
@@ -111,8 +118,8 @@ void Builder::add_row(int group, const py::object& param, HostRow host) {
 
   host.param = param;
   host.group = group;
-  host.table = table_for(storage, plan_.groups[group].variant, tensor.device(),
-                         device_scalars ? cuda::Scalars::kDevice : cuda::Scalars::kHost);
+  host.table = table_for(storage, flags.variant, tensor.device(),
+                         device_scalars ? device::Scalars::kDevice : device::Scalars::kHost);
   host.ndim = static_cast<uint8_t>(tensor.dim());
   host.param_type = static_cast<int8_t>(tensor.scalar_type());
   host.grad_type = static_cast<int8_t>(grad.scalar_type());
@@ -127,7 +134,6 @@ void Builder::add_row(int group, const py::object& param, HostRow host) {
   }
   if (plan_.memory != nullptr) {
     host.member = &plan_.memory->member(param.ptr());
-    host.member->fresh = host.fresh = host.fresh || host.member->fresh;
   }
 
   Table& table = plan_.tables[host.table].table;
@@ -149,9 +155,9 @@ void Builder::add_row(int group, const py::object& param, HostRow host) {
 }
 
 int Builder::table_for(StorageTuple storage, int variant, c10::Device device,
-                       cuda::Scalars scalars) {
-  cuda::Launcher* launcher = launcher_for(device);
-  const bool device_scalars = launcher != nullptr && scalars == cuda::Scalars::kDevice;
+                       device::Scalars scalars) {
+  device::Launcher* launcher = launcher_for(device);
+  const bool device_scalars = launcher != nullptr && scalars == device::Scalars::kDevice;
   for (size_t i = 0; i < plan_.tables.size(); ++i) {
     const TablePlan& known = plan_.tables[i];
     if (known.variant == variant && known.table.storage == storage && known.device == device &&
@@ -172,12 +178,15 @@ int Builder::table_for(StorageTuple storage, int variant, c10::Device device,
   return static_cast<int>(plan_.tables.size()) - 1;
 }
 
-int Builder::schema_for(const py::dict& state, const StateNames& names) {
+int Builder::schema_for(const py::dict& state, const StateNames& names,
+                        const ScalarStates& scalars) {
   Schema schema;
   for (const auto& [key, value] : state) {
     const auto name = py::reinterpret_borrow<py::object>(key);
     int role = kIgnored;
-    if (plan_.rule.has_step && name.equal(py::str("step"))) role = kStep;
+    for (int k = 0; k < scalars.count; ++k) {
+      if (name.equal(py::str(scalars.states[k].name))) role = kScalar + k;
+    }
     for (int k = 0; k < names.count; ++k) {
       if (name.equal(py::str(names.names[k]))) role = k;
     }
@@ -272,18 +281,18 @@ GroupValues PlanRows::read_group(const Group& group, const py::dict& dict) const
 
 StepPlan::StepPlan(const std::string& rule, const py::list& param_groups, const py::dict& state,
                    const py::list& rows, const py::list& idle, const py::dict& launchers,
-                   std::shared_ptr<CapturedTables> captured, std::shared_ptr<StepMemory> memory)
-    : rows_(find_rule(rule), std::move(memory)), captured_(std::move(captured)) {
+                   std::shared_ptr<CapturedTables> captured, std::shared_ptr<StepMemory> memory,
+                   bool new_states)
+    : rows_(find_rule(rule), std::move(memory)),
+      captured_(std::move(captured)),
+      new_states_(new_states) {
   Builder builder(rows_, state, launchers);
   builder.add_groups(param_groups, rows);
   for (const py::handle param : idle) rows_.idle.push_back(param.ptr());
   rows_.rows.reserve(rows.size());
   for (const py::handle row : rows) {
     const auto tuple = py::reinterpret_borrow<py::tuple>(row);
-    HostRow host;
-    host.fresh = tuple[2].cast<bool>();
-    if (!tuple[3].is_none()) host.first = THPVariable_Unpack(py::object(tuple[3]).ptr());
-    builder.add_row(tuple[0].cast<int>(), tuple[1], std::move(host));
+    builder.add_row(tuple[0].cast<int>(), tuple[1]);
   }
   for (TablePlan& plan : rows_.tables) {
     if (plan.on_device == nullptr) {
@@ -305,11 +314,6 @@ StepPlan::StepPlan(const std::string& rule, const py::list& param_groups, const 
     const bool has_schema = found != row_of.end() && rows_.rows[found->second].schema >= 0;
     rows_.entries.push_back({key.ptr(), has_schema ? found->second : -1});
   }
-}
-
-bool StepPlan::on_device() const {
-  return std::all_of(rows_.tables.begin(), rows_.tables.end(),
-                     [](const TablePlan& plan) { return plan.has_device_scalars(); });
 }
 
 py::list StepPlan::describe() const {

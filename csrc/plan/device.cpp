@@ -13,43 +13,36 @@ namespace fusedopt {
 
 namespace {
 
-void check(cuda::Status status) {
+void check(device::Status status) {
   if (status != nullptr) throw std::runtime_error(std::string("the kernels' device: ") + status);
 }
 
 // `tensor` as a number that kernels on `device` can read.
-cuda::DeviceNumber device_number(const at::Tensor& tensor, c10::Device device,
-                                 std::vector<at::Tensor>& kept) {
+device::DeviceNumber device_number(const at::Tensor& tensor, c10::Device device,
+                                   std::vector<at::Tensor>& kept) {
   at::Tensor here = tensor;
   if (here.device() != device || (here.dtype() != at::kFloat && here.dtype() != at::kDouble)) {
     here = tensor.to(device, at::kDouble, /*non_blocking=*/true);
   }
   kept.push_back(here);
-  return {const_cast<void*>(here.const_data_ptr()), here.dtype() == at::kDouble ? 1 : 0};
-}
-
-const float* amp_number(const at::Tensor& tensor, c10::Device device,
-                        std::vector<at::Tensor>& kept) {
-  if (!tensor.defined()) return nullptr;
-  kept.push_back(tensor.to(device, at::kFloat, /*non_blocking=*/true));
-  return static_cast<const float*>(kept.back().const_data_ptr());
+  return device::number_at(const_cast<void*>(here.const_data_ptr()), here.dtype() == at::kDouble);
 }
 
 // The ring that small uploads to a device pass through; null where there is none.
-cuda::UploadRing* ring_of(c10::Device device) {
+device::UploadRing* ring_of(c10::Device device) {
   constexpr size_t kPlaceBytes = 64 << 10;
   constexpr size_t kPlaces = 32;  // steps that may be launched before the first of them has begun
   if (!device.is_cuda()) return nullptr;
   // Never destroyed: copies may be under way until the process ends.
   static auto* pinned = new std::vector<at::Tensor>();
-  static auto* rings = new std::vector<std::unique_ptr<cuda::UploadRing>>();
+  static auto* rings = new std::vector<std::unique_ptr<device::UploadRing>>();
   const auto index = static_cast<size_t>(device.index());
   if (index >= rings->size()) rings->resize(index + 1);
   if ((*rings)[index] == nullptr) {
     pinned->push_back(
         at::empty({kPlaceBytes * kPlaces}, at::TensorOptions(at::kByte).pinned_memory(true)));
     auto* memory = static_cast<std::byte*>(pinned->back().data_ptr());
-    (*rings)[index] = std::make_unique<cuda::UploadRing>(memory, kPlaceBytes, kPlaces);
+    (*rings)[index] = std::make_unique<device::UploadRing>(memory, kPlaceBytes, kPlaces);
   }
   return (*rings)[index].get();
 }
@@ -57,12 +50,12 @@ cuda::UploadRing* ring_of(c10::Device device) {
 // Copies parts of an image to where it lies on the device, in the order of the current stream: small
 // ones through the ring, if there is one. Otherwise the staging memory comes from torch's pinned
 // allocator, which hands it out again once it was copied.
-void upload_ranges(const cuda::Image& image, const std::vector<cuda::Range>& ranges,
-                   const at::Tensor& memory, cuda::UploadRing* ring, cuda::Stream stream) {
+void upload_ranges(const device::Image& image, const std::vector<device::Range>& ranges,
+                   const at::Tensor& memory, device::UploadRing* ring, device::Stream stream) {
   auto* to = static_cast<std::byte*>(memory.data_ptr());
-  cuda::Status status = nullptr;
+  device::Status status = nullptr;
   if (ring != nullptr && ring->send(to, image.data(), ranges, stream, status)) return check(status);
-  for (const cuda::Range& range : ranges) {
+  for (const device::Range& range : ranges) {
     const size_t bytes = range.end - range.begin;
     if (memory.is_cpu()) {
       std::memcpy(to + range.begin, image.data() + range.begin, bytes);
@@ -103,31 +96,38 @@ class Leftovers {
 
 }  // namespace
 
-cuda::DeviceHyper device_hyper(const GroupValues& values, c10::Device device,
-                               std::vector<at::Tensor>& kept) {
-  cuda::DeviceHyper hyper{};
-  std::copy(std::begin(values.hyper.values), std::end(values.hyper.values), hyper.values);
+GroupFlags group_flags(const RuleInfo& rule, const GroupValues& values) {
+  return {rule.variant(values.hyper), rule.keeps_scalar_states(values.hyper)};
+}
+
+device::DeviceHyper device_hyper(const GroupValues& values, c10::Device device,
+                                 std::vector<at::Tensor>& kept) {
+  device::DeviceHyper hyper{};
   for (int k = 0; k < kMaxHyper; ++k) {
-    if (values.live[k].defined()) hyper.live[k] = device_number(values.live[k], device, kept);
+    hyper.values[k] = values.live[k].defined() ? device_number(values.live[k], device, kept)
+                                               : device::number_of(values.hyper.values[k]);
   }
   hyper.grad_factor = values.maximize ? -1.0 : 1.0;
   return hyper;
 }
 
-cuda::Scaler device_scaler(const AmpTensors& amp, c10::Device device,
-                           std::vector<at::Tensor>& kept) {
-  return {amp_number(amp.grad_scale, device, kept), amp_number(amp.found_inf, device, kept)};
+const float* amp_number(const at::Tensor& tensor, c10::Device device,
+                        std::vector<at::Tensor>& kept) {
+  if (!tensor.defined()) return nullptr;
+  kept.push_back(tensor.to(device, at::kFloat, /*non_blocking=*/true));
+  return static_cast<const float*>(kept.back().const_data_ptr());
 }
 
-cuda::Stream current_stream(c10::Device device) {
+device::Stream current_stream(c10::Device device) {
   if (device.is_cpu()) return nullptr;
   // c10's own way to a stream's handle is younger than the oldest torch supported.
   static const auto module = new py::module_(py::module_::import("torch._C"));
   const char* name = device.is_xpu() ? "_xpu_getCurrentRawStream" : "_cuda_getCurrentRawStream";
-  return reinterpret_cast<cuda::Stream>(module->attr(name)(int(device.index())).cast<uintptr_t>());
+  return reinterpret_cast<device::Stream>(
+      module->attr(name)(int(device.index())).cast<uintptr_t>());
 }
 
-CapturedTable::CapturedTable(cuda::Launcher& launcher, c10::Device device, cuda::Image image)
+CapturedTable::CapturedTable(device::Launcher& launcher, c10::Device device, device::Image image)
     : launcher(launcher), device(device), image(std::move(image)) {
   void* at = nullptr;
   check(launcher.place(&at, this->image.data(), this->image.size()));
@@ -149,22 +149,22 @@ int CapturedTables::refresh(const std::string& rule_name, const py::list& param_
   const RuleInfo& rule = find_rule(rule_name);
   const GroupReader reader(rule);
   for (const auto& table : alive) {
-    if (table->variants.size() > param_groups.size()) {
+    if (table->flags.size() > param_groups.size()) {
       throw std::runtime_error("param_groups: a captured group is gone; capture the step again");
     }
   }
   struct Fresh {
-    std::vector<cuda::DeviceHyper> hypers;
+    std::vector<device::DeviceHyper> hypers;
     std::vector<at::Tensor> kept;
   };
   std::vector<Fresh> fresh;
   for (const auto& table : alive) {  // all of them, before the first is changed
     auto& [hypers, kept] = fresh.emplace_back();
     const auto live = table->device.is_cpu() ? LiveTensors::kAll : LiveTensors::kOffHost;
-    for (size_t g = 0; g < table->variants.size(); ++g) {
+    for (size_t g = 0; g < table->flags.size(); ++g) {
       const GroupValues values =
           reader.read(py::reinterpret_borrow<py::dict>(param_groups[g]), live);
-      if (rule.variant(values.hyper) != table->variants[g]) {
+      if (group_flags(rule, values) != table->flags[g]) {
         throw std::runtime_error(
             "param_groups: a flag that changes the formula was set after the step was captured; "
             "a replay cannot follow, capture the step again");
@@ -175,7 +175,7 @@ int CapturedTables::refresh(const std::string& rule_name, const py::list& param_
   for (size_t t = 0; t < alive.size(); ++t) {
     CapturedTable& table = *alive[t];
     const c10::DeviceGuard guard(table.device);
-    std::vector<cuda::Range> changed;
+    std::vector<device::Range> changed;
     table.image.update_hypers(fresh[t].hypers, changed);
     const auto size = static_cast<int64_t>(table.image.size());
     upload_ranges(
@@ -187,8 +187,8 @@ int CapturedTables::refresh(const std::string& rule_name, const py::list& param_
   return static_cast<int>(alive.size());
 }
 
-TableOnDevice::TableOnDevice(cuda::Launcher& launcher, c10::Device device, const RuleInfo& rule,
-                             int variant, StorageTuple storage, cuda::Scalars scalars,
+TableOnDevice::TableOnDevice(device::Launcher& launcher, c10::Device device, const RuleInfo& rule,
+                             int variant, StorageTuple storage, device::Scalars scalars,
                              size_t groups)
     : launcher_(launcher),
       device_(device),
@@ -203,7 +203,8 @@ TableOnDevice::TableOnDevice(cuda::Launcher& launcher, c10::Device device, const
 void TableOnDevice::ready(const Table& table) {
   if (image_ != nullptr) return;
   const c10::DeviceGuard guard(device_);
-  auto image = std::make_unique<cuda::Image>(table, scalars_, groups_, launcher_.multiprocessors());
+  auto image =
+      std::make_unique<device::Image>(table, scalars_, groups_, launcher_.multiprocessors());
   memory_ = at::empty({static_cast<int64_t>(image->size())},
                       at::TensorOptions(at::kByte).device(device_));
   home_ = current_stream(device_);
@@ -214,7 +215,7 @@ void TableOnDevice::ready(const Table& table) {
 UploadedTable TableOnDevice::upload(const Table& table, const DeviceNumbers& numbers) {
   Leftovers::free();
   const c10::DeviceGuard guard(device_);
-  const cuda::Stream stream = current_stream(device_);
+  const device::Stream stream = current_stream(device_);
   changed_.clear();
   image_->update(table, numbers.prepare, numbers.hypers, changed_);
   upload_ranges(*image_, changed_, memory_, ring_, stream);
@@ -225,14 +226,15 @@ UploadedTable TableOnDevice::upload(const Table& table, const DeviceNumbers& num
 }
 
 UploadedTable TableOnDevice::capture(const Table& table, const DeviceNumbers& numbers,
-                                     const std::vector<int>& variants, CapturedTables& captured) {
+                                     const std::vector<GroupFlags>& flags,
+                                     CapturedTables& captured) {
   const c10::DeviceGuard guard(device_);
-  const cuda::Stream stream = current_stream(device_);
-  cuda::Image image(table, cuda::Scalars::kDevice, groups_, launcher_.multiprocessors());
-  std::vector<cuda::Range> changed;
+  const device::Stream stream = current_stream(device_);
+  device::Image image(table, device::Scalars::kDevice, groups_, launcher_.multiprocessors());
+  std::vector<device::Range> changed;
   image.update(table, numbers.prepare, numbers.hypers, changed);
   auto made = std::make_shared<CapturedTable>(launcher_, device_, std::move(image));
-  made->variants = variants;
+  made->flags = flags;
   made->kept = numbers.kept;
   auto held = std::make_unique<std::shared_ptr<CapturedTable>>(made);
   check(launcher_.keep(stream, held.get(), Leftovers::release));
@@ -258,21 +260,21 @@ void TableOnDevice::accumulate(const UploadedTable& uploaded, const Table& table
 void TableOnDevice::step(const UploadedTable& uploaded, const Table& table,
                          const DeviceNumbers& numbers) {
   const c10::DeviceGuard guard(device_);
-  if (uploaded.image->scalars() == cuda::Scalars::kDevice) {
+  if (uploaded.image->scalars() == device::Scalars::kDevice) {
     check(launcher_.prepare(rule_.index, table.storage.param == DType::kF64,
-                            uploaded.image->prepare_at(uploaded.memory), numbers.scaler,
-                            numbers.epilogue.decision, uploaded.stream));
+                            uploaded.image->prepare_at(uploaded.memory), numbers.epilogue.decision,
+                            uploaded.stream));
   }
   if (uploaded.image->chunks() == 0)
     return;  // parameters without elements, whose steps are counted
-  check(launcher_.update(table.storage, rule_.index, variant_, uploaded.table(), numbers.scaler,
-                         numbers.epilogue, uploaded.stream));
+  check(launcher_.update(table.storage, rule_.index, variant_, uploaded.table(), numbers.epilogue,
+                         uploaded.stream));
 }
 
-void finish_norm(cuda::Launcher& launcher, c10::Device device, StorageTuple storage,
+void finish_norm(device::Launcher& launcher, c10::Device device, StorageTuple storage,
                  const NormNumbers& norm) {
   const c10::DeviceGuard guard(device);
-  check(launcher.norm(storage, cuda::DeviceTable{}, norm.measure, norm.inputs,
+  check(launcher.norm(storage, device::DeviceTable{}, norm.measure, norm.inputs,
                       current_stream(device)));
 }
 

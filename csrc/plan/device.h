@@ -27,47 +27,55 @@ struct AmpTensors {
 
 // What a step's scalars are computed from on the device, and the tensors it is read from.
 struct DeviceNumbers {
-  std::vector<cuda::PrepareSlot> prepare;  // one a row
-  std::vector<cuda::DeviceHyper> hypers;   // one a param group
-  cuda::Scaler scaler;
+  std::vector<device::PrepareSlot> prepare;  // one a row
+  std::vector<device::DeviceHyper> hypers;   // one a param group
   Epilogue epilogue;
   std::vector<at::Tensor> kept;
 };
 
 // What a norm's launch over a table is told.
 struct NormNumbers {
-  cuda::Measure measure;
+  device::Measure measure;
   DecisionInputs inputs;
 };
 
-// A group's hyperparameters for kernels on `device`; what has to be moved there goes to `kept`.
-cuda::DeviceHyper device_hyper(const GroupValues& values, c10::Device device,
-                               std::vector<at::Tensor>& kept);
+// What of a group's hyperparameters decides which states its rows have.
+struct GroupFlags {
+  int variant = 0;
+  bool keeps_scalar_states = false;
+  bool operator==(const GroupFlags&) const = default;
+};
+GroupFlags group_flags(const RuleInfo& rule, const GroupValues& values);
 
-// AMP's tensors as kernels on `device` read them; what has to be moved there goes to `kept`.
-cuda::Scaler device_scaler(const AmpTensors& amp, c10::Device device,
-                           std::vector<at::Tensor>& kept);
+// A group's hyperparameters for kernels on `device`; what has to be moved there goes to `kept`.
+device::DeviceHyper device_hyper(const GroupValues& values, c10::Device device,
+                                 std::vector<at::Tensor>& kept);
+
+// A tensor of AMP's as kernels on `device` read it, null if it is undefined; what has to be moved
+// there goes to `kept`.
+const float* amp_number(const at::Tensor& tensor, c10::Device device,
+                        std::vector<at::Tensor>& kept);
 
 // A norm's launch without a table: it sums up blocks that others wrote, and decides.
-void finish_norm(cuda::Launcher& launcher, c10::Device device, StorageTuple storage,
+void finish_norm(device::Launcher& launcher, c10::Device device, StorageTuple storage,
                  const NormNumbers& norm);
 
 // The stream that torch would launch on now.
-cuda::Stream current_stream(c10::Device device);
+device::Stream current_stream(c10::Device device);
 
 // A table that was captured in a graph: an image of its own, in memory that no graph pool reuses,
 // kept by the graph and everything made from it.
 struct CapturedTable {
-  CapturedTable(cuda::Launcher& launcher, c10::Device device, cuda::Image image);
+  CapturedTable(device::Launcher& launcher, c10::Device device, device::Image image);
   ~CapturedTable();
   CapturedTable(const CapturedTable&) = delete;
   CapturedTable& operator=(const CapturedTable&) = delete;
 
-  cuda::Launcher& launcher;
+  device::Launcher& launcher;
   c10::Device device;
-  cuda::Image image;
+  device::Image image;
   std::byte* memory = nullptr;
-  std::vector<int> variants;  // of the groups, which replays cannot change
+  std::vector<GroupFlags> flags;  // of the groups, which replays cannot change
   // Numbers that the kernels read: since the capture, and since the last refresh.
   std::vector<at::Tensor> kept;
   std::vector<at::Tensor> refreshed;
@@ -89,22 +97,22 @@ class CapturedTables {
 
 // A table's image, where it lies on the device, and the stream that a step launches on.
 struct UploadedTable {
-  const cuda::Image* image = nullptr;
+  const device::Image* image = nullptr;
   std::byte* memory = nullptr;
-  cuda::Stream stream = nullptr;
+  device::Stream stream = nullptr;
 
-  cuda::DeviceTable table() const { return image->table_at(memory); }
+  device::DeviceTable table() const { return image->table_at(memory); }
 };
 
 class TableOnDevice {
  public:
   // May take as long as compiling a kernel does.
-  TableOnDevice(cuda::Launcher& launcher, c10::Device device, const RuleInfo& rule, int variant,
-                StorageTuple storage, cuda::Scalars scalars, size_t groups);
+  TableOnDevice(device::Launcher& launcher, c10::Device device, const RuleInfo& rule, int variant,
+                StorageTuple storage, device::Scalars scalars, size_t groups);
 
-  cuda::Launcher& launcher() const { return launcher_; }
+  device::Launcher& launcher() const { return launcher_; }
   c10::Device device() const { return device_; }
-  cuda::Scalars scalars() const { return scalars_; }
+  device::Scalars scalars() const { return scalars_; }
   int64_t chunks() const { return image_ == nullptr ? 0 : image_->chunks(); }
   bool capturing() const { return launcher_.capturing(current_stream(device_)); }
 
@@ -116,9 +124,9 @@ class TableOnDevice {
   UploadedTable upload(const Table& table, const DeviceNumbers& numbers);
 
   // The same for a step that is being recorded in a graph, with an image of its own, which is given
-  // to `captured`. `variants` are the groups'.
+  // to `captured`. `flags` are the groups'.
   UploadedTable capture(const Table& table, const DeviceNumbers& numbers,
-                        const std::vector<int>& variants, CapturedTables& captured);
+                        const std::vector<GroupFlags>& flags, CapturedTables& captured);
 
   // A launch each, in the order of the current stream; a step is two where its scalars are computed
   // on the device.
@@ -127,17 +135,18 @@ class TableOnDevice {
   void step(const UploadedTable& uploaded, const Table& table, const DeviceNumbers& numbers);
 
  private:
-  cuda::Launcher& launcher_;
+  device::Launcher& launcher_;
   c10::Device device_;
   const RuleInfo& rule_;
   int variant_;
-  cuda::Scalars scalars_;
+  device::Scalars scalars_;
   size_t groups_;
-  std::unique_ptr<cuda::Image> image_;
+  std::unique_ptr<device::Image> image_;
   at::Tensor memory_;
-  cuda::Stream home_ = nullptr;       // that torch's allocator takes `memory_` to be used on
-  cuda::UploadRing* ring_ = nullptr;  // null: its uploads go through torch's pinned allocator alone
-  std::vector<cuda::Range> changed_;
+  device::Stream home_ = nullptr;  // that torch's allocator takes `memory_` to be used on
+  device::UploadRing* ring_ =
+      nullptr;  // null: its uploads go through torch's pinned allocator alone
+  std::vector<device::Range> changed_;
 };
 
 }  // namespace fusedopt

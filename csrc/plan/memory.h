@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/epilogue.h"
+#include "core/decision.h"
 
 namespace fusedopt {
 
@@ -27,10 +27,12 @@ struct StepOptions {
   bool zero_grads = false;
   bool accumulates = false;
   bool mean = true;  // a window's gradient is divided by its weight
+  // Gradients come scaled by GradScaler: steps may not take place, and unscale them for good.
+  bool scaled = false;
 
   bool averages() const { return ema_decay >= 0.0; }
   // Whether a device may decide that a step does not take place, so that only it can count steps.
-  bool may_skip() const { return check || accumulates; }
+  bool may_skip() const { return check || accumulates || scaled; }
 };
 
 class StepMemory {
@@ -38,7 +40,6 @@ class StepMemory {
   // What is remembered of a parameter.
   struct Member {
     bool has_accumulated = false;  // its accumulator has gradients of the present window
-    bool fresh = false;            // its state was created and no step has taken place since
     // The gradient that an accumulation left at zero, and its version then.
     const void* zeroed = nullptr;
     uint32_t zeroed_version = 0;

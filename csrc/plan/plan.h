@@ -31,9 +31,8 @@ struct StepRequest {
   bool follows = false;
   double weight = 1.0;     // of these gradients in their window
   at::Tensor live_weight;  // instead of it; may be undefined
-  AmpTensors amp;          // for plans that are `on_device`, or have a memory
-  // Called once the plan is known to fit, before anything is written; what it returns says whether
-  // the step takes place.
+  AmpTensors amp;          // for plans that have a memory
+  // Called once the plan is known to fit, before anything is written.
   std::optional<py::object> before;
 };
 
@@ -41,7 +40,7 @@ struct StepRequest {
 // distributed alike follow each other, in the order of the parameters.
 struct NormDomain {
   c10::Device device;
-  cuda::Launcher* launcher;       // null: the CPU driver
+  device::Launcher* launcher;     // null: the CPU driver
   StorageTuple storage;           // of its first table
   std::vector<py::object> specs;  // by segment; null for plain tensors
   std::vector<int64_t> ends;      // by segment, one past its last block
@@ -52,16 +51,16 @@ struct NormDomain {
 
 class StepPlan {
  public:
-  // `rows` lists (group index, parameter, fresh, first) for the parameters that kernels update, in
-  // the order of the groups, each with complete state in `state`; fresh says that the state was
-  // created for the step to come, `first` is None or a device's int32 that is 1 until a step took
-  // place. `idle` lists the parameters that wait for a first gradient. `launchers` maps device types
+  // `rows` lists (group index, parameter) for the parameters that kernels update, in the order of
+  // the groups, each with complete state in `state`; `new_states` says that some was created for the
+  // step to come. `idle` lists the parameters that wait for a first gradient. `launchers` maps device types
   // to capsules with their Launcher; without one, the CPU driver updates what is in memory. Tables
   // that graphs hold go to `captured`. `memory` is null for steps that update and nothing else.
   // Throws std::invalid_argument for a row that no kernel fits (the caller asks why_not_fused first).
   StepPlan(const std::string& rule, const py::list& param_groups, const py::dict& state,
            const py::list& rows, const py::list& idle, const py::dict& launchers,
-           std::shared_ptr<CapturedTables> captured, std::shared_ptr<StepMemory> memory);
+           std::shared_ptr<CapturedTables> captured, std::shared_ptr<StepMemory> memory,
+           bool new_states);
 
   // Why the plan no longer fits such a step; none if it does. Nothing is changed.
   std::optional<std::string> why_not(const py::list& param_groups, const py::dict& state,
@@ -72,9 +71,6 @@ class StepPlan {
   // be captured in a graph.
   std::variant<bool, std::string> step(const py::list& param_groups, const py::dict& state,
                                        const StepRequest& request);
-
-  // Whether all scalars are computed on devices, which then read AMP's tensors themselves.
-  bool on_device() const;
 
   // One dict a table: device, storage, variant, rows, slots, where its scalars are computed.
   py::list describe() const;
@@ -89,8 +85,9 @@ class StepPlan {
 
   bool launch(const StepRequest& request);
   bool end_without_rows(const StepRequest& request);
+  Epilogue epilogue_for(const StepRequest& request, const StepDecision* decision) const;
   void settle_rows();
-  int slot_for(TablePlan& plan, const HostRow& host, int previous) const;
+  int slot_for(TablePlan& plan, const HostRow& host) const;
 
   std::vector<DeviceLaunch> ready(Purpose purpose);
   void check_capture(const TablePlan& plan, Purpose purpose) const;
@@ -105,7 +102,7 @@ class StepPlan {
                     const std::vector<DecisionInputs>& all_inputs);
   void run_norms(const NormDomain& domain, const DecisionInputs& inputs) const;
   void launch_norms(const NormDomain& domain, const std::vector<DeviceLaunch>& launches,
-                    const DecisionInputs& inputs, cuda::Measure measure);
+                    const DecisionInputs& inputs, device::Measure measure);
 
   std::vector<Work> host_work(bool accumulates, const Epilogue& epilogue) const;
   void clear_host_rows(Purpose purpose);
@@ -115,6 +112,7 @@ class StepPlan {
 
   PlanRows rows_;
   std::shared_ptr<CapturedTables> captured_;
+  bool new_states_;                  // no step has been taken since they were created
   bool has_devices_ = false;         // some table is not the CPU driver's
   std::vector<NormDomain> domains_;  // without a memory, none
 };

@@ -5,6 +5,7 @@
 #include <c10/core/TensorImpl.h>
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -25,14 +26,14 @@ struct Group {
   SeenGroup seen;
   LiveTensors live = LiveTensors::kNone;
   bool on_host = false;  // the CPU driver has rows of it
-  int variant = 0;
+  GroupFlags flags;
 };
 
 // What an entry of a parameter's state dict is to the plan.
-enum : int { kIgnored = -1, kStep = kMaxRowStates, kRoles };
+enum : int { kIgnored = -1, kScalar = kMaxRowStates, kRoles = kScalar + kMaxScalarStates };
 struct StateKey {
   py::object name;
-  int role;  // a place in Row::state, kStep or kIgnored
+  int role;  // a place in Row::state, kScalar + a scalar state's place, or kIgnored
 };
 using Schema = std::vector<StateKey>;  // a state dict's keys, in order
 
@@ -43,9 +44,8 @@ struct HostRow {
   c10::TensorImpl* impl = nullptr;
   c10::TensorImpl* grad = nullptr;
   c10::TensorImpl* states[kRoles] = {};
-  void* step_at = nullptr;
-  double step = 0;   // after this step, where it is counted on the host
-  at::Tensor first;  // on the device, 1 until a step took place; may be undefined
+  double scalars[kMaxScalarStates] = {};  // before the step, where the host advances them
+  void* scalar_at[kMaxScalarStates] = {};
   int group;
   int table;
   int row;
@@ -54,16 +54,22 @@ struct HostRow {
   uint32_t sizes, param_strides, grad_strides, state_strides[kMaxRowStates];
   int8_t param_type, grad_type, state_types[kMaxRowStates];  // at::ScalarType
   uint8_t ndim;
-  uint8_t roles = 0;  // which of `states` the row has, as bits
-  bool step_is_double = false;
-  bool step_on_device = false;
+  uint8_t roles = 0;      // which of `states` the row has, as bits
+  uint8_t doubles = 0;    // which of its scalar states are, as bits
+  uint8_t on_device = 0;  // which a device advances, as bits
   bool active = false;
   bool copy_on_write = false;
-  bool fresh = false;  // the state was created for the row's first step, still to come
   StepMemory::Member* member = nullptr;  // null without a memory
   int segment = 0;                       // of the sums of its device's norm
 
+  int slot = 0;  // place of its SlotKey
+
   bool has(int role) const { return ((roles >> role) & 1) != 0; }
+  bool has_scalar(int k) const { return has(kScalar + k); }
+  bool is_double(int k) const { return ((doubles >> k) & 1) != 0; }
+  bool advances_there(int k) const { return ((on_device >> k) & 1) != 0; }
+  // Whether the host advances a scalar state of the row.
+  bool advances_here() const { return (roles >> kScalar & ~on_device) != 0; }
 };
 
 // The outside of a row whose parameter and states are DTensors; the row has their local tensors.
@@ -78,8 +84,7 @@ struct Wrapping {
 // Rows with the same key share their scalars.
 struct SlotKey {
   int group;
-  double step;
-  bool first;
+  std::array<double, kMaxScalarStates> scalars;
   bool operator==(const SlotKey&) const = default;
 };
 
@@ -91,9 +96,10 @@ struct TablePlan {
   std::unique_ptr<TableOnDevice> on_device;  // null: the CPU driver's
   Table table;
   std::vector<SlotKey> slot_keys;
+  std::vector<std::array<double, kMaxScalarStates>> advanced;  // a slot's scalar states afterwards
 
   bool has_device_scalars() const {
-    return on_device != nullptr && on_device->scalars() == cuda::Scalars::kDevice;
+    return on_device != nullptr && on_device->scalars() == device::Scalars::kDevice;
   }
 };
 
@@ -131,7 +137,7 @@ struct PlanRows {
     return host.wrapping < 0 ? host.impl : wrappings[host.wrapping].param;
   }
   c10::TensorImpl* outside(const HostRow& host, int role) const {
-    const bool wrapped = host.wrapping >= 0 && role != kStep;
+    const bool wrapped = host.wrapping >= 0 && role < kScalar;
     return wrapped ? wrappings[host.wrapping].states[role] : host.states[role];
   }
 

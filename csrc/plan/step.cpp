@@ -33,7 +33,7 @@ std::optional<std::string> StepPlan::why_not(const py::list& param_groups, const
 std::variant<bool, std::string> StepPlan::step(const py::list& param_groups, const py::dict& state,
                                                const StepRequest& request) {
   if (auto reason = why_not(param_groups, state, request)) return *reason;
-  if (request.before && !(*request.before)().cast<bool>()) return false;
+  if (request.before) (*request.before)();
   return launch(request);
 }
 
@@ -59,12 +59,9 @@ bool StepPlan::launch(const StepRequest& request) {
     if (!accumulates && (devices[i].captures || plan.has_device_scalars())) {
       numbers = device_numbers(plan);
       numbers.kept.insert(numbers.kept.end(), kept.begin(), kept.end());
-      if (memory == nullptr) {
-        numbers.scaler = device_scaler(request.amp, plan.device, numbers.kept);
-      }
     }
     if (memory != nullptr) {
-      numbers.epilogue = {decision_at(memory->decision(plan.device)), rows_.zeroes_grads() ? 1 : 0};
+      numbers.epilogue = epilogue_for(request, decision_at(memory->decision(plan.device)));
     }
   }
   upload(devices);
@@ -79,7 +76,7 @@ bool StepPlan::launch(const StepRequest& request) {
       plan.on_device->step(devices[i].uploaded, plan.table, devices[i].numbers);
     }
   }
-  Epilogue epilogue{nullptr, rows_.zeroes_grads() ? 1 : 0};
+  Epilogue epilogue = epilogue_for(request, nullptr);
   for (const NormDomain& domain : domains_) {
     if (domain.launcher == nullptr)
       epilogue.decision = decision_at(memory->decision(domain.device));
@@ -97,12 +94,21 @@ bool StepPlan::launch(const StepRequest& request) {
     }
     if (!work.empty()) run_tables(work, run_on_torch_pool);
   }
+  new_states_ = false;
   if (accumulates && !rows_.zeroes_grads()) drop_grads();
   if (closes(request.purpose)) {
     for (const int r : rows_.present()) rows_.rows[r].member->has_accumulated = false;
     if (!rows_.names) memory->end_window();
   }
   return !skips;
+}
+
+Epilogue StepPlan::epilogue_for(const StepRequest& request, const StepDecision* decision) const {
+  Epilogue epilogue{decision};
+  epilogue.zero_grads = rows_.zeroes_grads() ? 1 : 0;
+  const bool scaled = rows_.memory != nullptr && rows_.memory->options.scaled;
+  epilogue.write_grads = scaled && request.amp.grad_scale.defined() ? 1 : 0;
+  return epilogue;
 }
 
 // A micro-batch without gradients counts all the same.
@@ -119,6 +125,7 @@ bool StepPlan::end_without_rows(const StepRequest& request) {
 void StepPlan::settle_rows() {
   for (TablePlan& plan : rows_.tables) {
     plan.slot_keys.clear();
+    plan.advanced.clear();
     plan.table.slots.clear();
   }
   for (const int r : rows_.present()) {
@@ -135,16 +142,21 @@ void StepPlan::settle_rows() {
       for (int k = 0; k < kMaxRowStates; ++k) {
         if (row.state[k] != nullptr) row.state[k] = host.states[k]->mutable_data();
       }
-      if (host.has(kStep)) host.step_at = host.states[kStep]->mutable_data();
+      for (int k = 0; k < kMaxScalarStates; ++k) {
+        if (host.has_scalar(k)) host.scalar_at[k] = host.states[kScalar + k]->mutable_data();
+      }
     }
-    if (!plan.has_device_scalars()) row.slot = slot_for(plan, host, row.slot);
+    const bool prepares = !plan.has_device_scalars();
+    if (prepares || host.advances_here()) host.slot = slot_for(plan, host);
+    if (prepares) row.slot = host.slot;
   }
 }
 
-// The slot of a row, which had `previous` in the last step and nearly always has it again. Two slots
-// may have the same key, if the keys of the last step were different.
-int StepPlan::slot_for(TablePlan& plan, const HostRow& host, int previous) const {
-  const SlotKey key{host.group, host.step, host.fresh};
+// The slot of a row, which nearly always has that of the last step again. Two slots may have the same
+// key, if the keys of the last step were different.
+int StepPlan::slot_for(TablePlan& plan, const HostRow& host) const {
+  const SlotKey key{host.group, std::to_array(host.scalars)};
+  const int previous = host.slot;
   std::vector<SlotKey>& keys = plan.slot_keys;
   const int count = static_cast<int>(keys.size());
   if (previous < count && keys[previous] == key) return previous;
@@ -158,7 +170,8 @@ int StepPlan::slot_for(TablePlan& plan, const HostRow& host, int previous) const
   Table& table = plan.table;
   table.slots.resize(keys.size() * table.slot_size);
   const GroupValues& values = rows_.groups[host.group].values;
-  rows_.rule.write_slot(table.storage.param, values.hyper, key.step, key.first,
+  rows_.rule.write_slot(table.storage.param, values.hyper,
+                        plan.advanced.emplace_back(key.scalars).data(),
                         values.maximize ? -1.0 : 1.0, table.slots.data() + count * table.slot_size);
   return count;
 }
@@ -170,7 +183,7 @@ void StepPlan::check_capture(const TablePlan& plan, Purpose purpose) const {
     const HostRow& host = rows_.rows[r];
     if (&rows_.table_of(host) != &plan || !host.active) continue;
     const char* reason = nullptr;
-    if (host.has(kStep) && !host.step_on_device) {
+    if (host.advances_here()) {
       reason =
           "capturable=False, and the step counts are on the host; construct the optimizer with "
           "capturable=True";
@@ -178,7 +191,7 @@ void StepPlan::check_capture(const TablePlan& plan, Purpose purpose) const {
       reason =
           "gradients are being accumulated, and a replay cannot tell where in its window it is; "
           "capture forward and backward alone";
-    } else if (host.fresh) {
+    } else if (new_states_) {
       reason =
           "this would be a parameter's first step, and every replay would start anew; take a step "
           "before capturing";
@@ -211,18 +224,16 @@ DeviceNumbers StepPlan::device_numbers(const TablePlan& plan) const {
   for (const Group& group : rows_.groups) {
     numbers.hypers.push_back(device_hyper(group.values, plan.device, numbers.kept));
   }
-  numbers.prepare.assign(plan.table.rows.size(), cuda::PrepareSlot{{}, 0, nullptr, 0, -1});
+  numbers.prepare.assign(plan.table.rows.size(), device::PrepareSlot{});
   for (const int r : rows_.present()) {
     const HostRow& host = rows_.rows[r];
     if (&rows_.table_of(host) != &plan || !host.active) continue;
-    cuda::PrepareSlot& slot = numbers.prepare[host.row];
+    device::PrepareSlot& slot = numbers.prepare[host.row];
     slot.hyper = host.group;
-    slot.host_step = host.step;
-    slot.host_first = host.fresh ? 1 : 0;
-    if (host.step_on_device) slot.step = {host.step_at, host.step_is_double ? 1 : 0};
-    if (host.first.defined()) {
-      slot.first = host.first.mutable_data_ptr<int32_t>();
-      numbers.kept.push_back(host.first);
+    for (int k = 0; k < kMaxScalarStates; ++k) {
+      slot.scalar_states[k] = host.advances_there(k)
+                                  ? device::number_at(host.scalar_at[k], host.is_double(k))
+                                  : device::number_of(host.scalars[k]);
     }
   }
   return numbers;
@@ -237,11 +248,10 @@ void StepPlan::upload(std::vector<DeviceLaunch>& launches) {
       continue;
     }
     Table table = plan.table;  // with a slot a row, whatever the plan's own has
-    std::vector<int> variants;
-    for (const Group& group : rows_.groups) variants.push_back(group.variant);
+    std::vector<GroupFlags> flags;
+    for (const Group& group : rows_.groups) flags.push_back(group.flags);
     for (size_t r = 0; r < table.rows.size(); ++r) table.rows[r].slot = static_cast<int32_t>(r);
-    launches[i].uploaded =
-        plan.on_device->capture(table, launches[i].numbers, variants, *captured_);
+    launches[i].uploaded = plan.on_device->capture(table, launches[i].numbers, flags, *captured_);
   }
 }
 
@@ -262,9 +272,8 @@ DecisionInputs StepPlan::inputs_for(const NormDomain& domain, const StepRequest&
     kept.push_back(request.live_weight.to(domain.device, at::kDouble, /*non_blocking=*/true));
     inputs.live_weight = static_cast<const double*>(kept.back().const_data_ptr());
   }
-  const cuda::Scaler scaler = device_scaler(request.amp, domain.device, kept);
-  inputs.grad_scale = scaler.grad_scale;
-  inputs.found_inf = scaler.found_inf;
+  inputs.grad_scale = amp_number(request.amp.grad_scale, domain.device, kept);
+  inputs.found_inf = amp_number(request.amp.found_inf, domain.device, kept);
   return inputs;
 }
 
@@ -283,7 +292,7 @@ void StepPlan::run_norms(const NormDomain& domain, const DecisionInputs& inputs)
 
 // The norm's launches over a device's tables; `measure` is the last one's.
 void StepPlan::launch_norms(const NormDomain& domain, const std::vector<DeviceLaunch>& launches,
-                            const DecisionInputs& inputs, cuda::Measure measure) {
+                            const DecisionInputs& inputs, device::Measure measure) {
   size_t last = 0;
   for (size_t i = 0; i < launches.size(); ++i) {
     if (rows_.tables[i].device == domain.device) last = i;
@@ -291,7 +300,7 @@ void StepPlan::launch_norms(const NormDomain& domain, const std::vector<DeviceLa
   for (size_t i = 0; i <= last; ++i) {
     const TablePlan& plan = rows_.tables[i];
     if (plan.device != domain.device) continue;
-    cuda::Measure here = measure;
+    device::Measure here = measure;
     if (i != last) here.last = here.decides = 0;
     plan.on_device->norm(launches[i].uploaded, plan.table, {here, inputs});
   }
@@ -444,19 +453,21 @@ void StepPlan::commit(size_t begin, size_t end) {
   for (size_t i = begin; i < end; ++i) {
     HostRow& host = rows_.rows[present[i]];
     if (!host.active) continue;
-    host.fresh = false;
-    if (host.member != nullptr) host.member->fresh = false;
     if (zeroes && host.grad != nullptr) host.grad->bump_version();
     // Of a DTensor torch bumps the outside alone: a view made by to_local() outlives a step.
     rows_.outside(host)->bump_version();
     for (int k = 0; k < kRoles; ++k) {
       if (host.has(k)) rows_.outside(host, k)->bump_version();
     }
-    if (!host.has(kStep) || host.step_on_device) continue;
-    if (host.step_is_double) {
-      *static_cast<double*>(host.step_at) = host.step;
-    } else {
-      *static_cast<float*>(host.step_at) = static_cast<float>(host.step);
+    if (!host.advances_here()) continue;
+    const double* advanced = rows_.table_of(host).advanced[host.slot].data();
+    for (int k = 0; k < kMaxScalarStates; ++k) {
+      if (!host.has_scalar(k) || host.advances_there(k)) continue;
+      if (host.is_double(k)) {
+        *static_cast<double*>(host.scalar_at[k]) = advanced[k];
+      } else {
+        *static_cast<float*>(host.scalar_at[k]) = static_cast<float>(advanced[k]);
+      }
     }
   }
 }

@@ -15,41 +15,40 @@ int64_t bits(double value) { return std::bit_cast<int64_t>(value); }
 }  // namespace
 
 template <class... Arguments>
-cuda::Status TritonLauncher::launch(const char* kind, const pybind11::tuple& key, int64_t count,
-                                    cuda::Stream stream, const Arguments&... arguments) {
+device::Status TritonLauncher::launch(const char* kind, const pybind11::tuple& key, int64_t count,
+                                      device::Stream stream, const Arguments&... arguments) {
   kernels_.attr("launch")(kind, key, count, address(stream), arguments...);
   return nullptr;
 }
 
 int TritonLauncher::multiprocessors() { return kernels_.attr("multiprocessors")().cast<int>(); }
 
-cuda::Status TritonLauncher::load(const StorageTuple& storage, int rule, int variant) {
+device::Status TritonLauncher::load(const StorageTuple& storage, int rule, int variant) {
   kernels_.attr("load")(rule, variant, int(storage.param), int(storage.grad), int(storage.state));
   return nullptr;
 }
 
-cuda::Status TritonLauncher::update(const StorageTuple& storage, int rule, int variant,
-                                    const cuda::DeviceTable& table, const cuda::Scaler& scaler,
-                                    const Epilogue& epilogue, cuda::Stream stream) {
+device::Status TritonLauncher::update(const StorageTuple& storage, int rule, int variant,
+                                      const device::DeviceTable& table, const Epilogue& epilogue,
+                                      device::Stream stream) {
   const auto key = pybind11::make_tuple(rule, variant, int(storage.param), int(storage.grad),
                                         int(storage.state));
   return launch("update", key, table.chunk_count, stream, address(table.rows),
                 address(table.chunks), address(table.layouts), address(table.slots),
-                table.chunk_count, address(scaler.grad_scale), address(scaler.found_inf),
-                address(epilogue.decision), epilogue.zero_grads);
+                table.chunk_count, address(epilogue.decision), epilogue.zero_grads,
+                epilogue.write_grads);
 }
 
-cuda::Status TritonLauncher::prepare(int rule, bool in_double, const cuda::PrepareTable& table,
-                                     const cuda::Scaler& scaler, const StepDecision* decision,
-                                     cuda::Stream stream) {
+device::Status TritonLauncher::prepare(int rule, bool in_double, const device::PrepareTable& table,
+                                       const StepDecision* decision, device::Stream stream) {
   return launch("prepare", pybind11::make_tuple(rule, in_double), table.slot_count, stream,
                 address(table.prepare), address(table.hypers), address(table.slots),
-                address(scaler.found_inf), address(decision));
+                address(decision));
 }
 
-cuda::Status TritonLauncher::norm(const StorageTuple& storage, const cuda::DeviceTable& table,
-                                  const cuda::Measure& measure, const DecisionInputs& inputs,
-                                  cuda::Stream stream) {
+device::Status TritonLauncher::norm(const StorageTuple& storage, const device::DeviceTable& table,
+                                    const device::Measure& measure, const DecisionInputs& inputs,
+                                    device::Stream stream) {
   return launch("norm", pybind11::make_tuple(int(storage.param), int(storage.grad)),
                 table.chunk_count, stream, address(table.rows), address(table.chunks),
                 address(table.layouts), table.chunk_count, address(measure.blocks),
@@ -59,8 +58,9 @@ cuda::Status TritonLauncher::norm(const StorageTuple& storage, const cuda::Devic
                 address(inputs.live_weight), address(inputs.grad_scale), address(inputs.found_inf));
 }
 
-cuda::Status TritonLauncher::accumulate(const StorageTuple& storage, const cuda::DeviceTable& table,
-                                        const Epilogue& epilogue, cuda::Stream stream) {
+device::Status TritonLauncher::accumulate(const StorageTuple& storage,
+                                          const device::DeviceTable& table,
+                                          const Epilogue& epilogue, device::Stream stream) {
   return launch("accumulate", pybind11::make_tuple(int(storage.param), int(storage.grad)),
                 table.chunk_count, stream, address(table.rows), address(table.chunks),
                 address(table.layouts), table.chunk_count, address(epilogue.decision),
@@ -68,13 +68,13 @@ cuda::Status TritonLauncher::accumulate(const StorageTuple& storage, const cuda:
 }
 
 pybind11::dict layout() {
-  using cuda::DeviceChunk, cuda::DeviceHyper, cuda::DeviceLayout, cuda::DeviceNumber,
-      cuda::DeviceRow, cuda::PrepareSlot;
+  using device::DeviceChunk, device::DeviceHyper, device::DeviceLayout, device::DeviceNumber,
+      device::DeviceRow, device::PrepareSlot;
   pybind11::dict places;
   const auto set = [&](const char* name, int64_t place) { places[name] = place; };
   set("ACCUMULATOR", 2 + kAccumulator);
   set("AVERAGE", 2 + kAverage);
-  set("ACCESS_BYTES", cuda::kAccessBytes);
+  set("ACCESS_BYTES", device::kAccessBytes);
   set("ROW_BYTES", sizeof(DeviceRow));
   set("ROW_NORM_BLOCK", offsetof(DeviceRow, norm_block));
   set("ROW_SLOT", offsetof(DeviceRow, slot));
@@ -89,15 +89,14 @@ pybind11::dict layout() {
   set("LAYOUT_STRIDES", offsetof(DeviceLayout, strides));
   set("LAYOUT_ARRAY", sizeof(DeviceLayout::strides[0]));
   set("PREPARE_BYTES", sizeof(PrepareSlot));
-  set("PREPARE_HOST_STEP", offsetof(PrepareSlot, host_step));
-  set("PREPARE_FIRST", offsetof(PrepareSlot, first));
-  set("PREPARE_HOST_FIRST", offsetof(PrepareSlot, host_first));
+  set("SCALAR_STATES", kMaxScalarStates);
   set("PREPARE_HYPER", offsetof(PrepareSlot, hyper));
   set("HYPER_BYTES", sizeof(DeviceHyper));
-  set("HYPER_LIVE", offsetof(DeviceHyper, live));
   set("HYPER_GRAD_FACTOR", offsetof(DeviceHyper, grad_factor));
   set("NUMBER_BYTES", sizeof(DeviceNumber));
-  set("NUMBER_IS_DOUBLE", offsetof(DeviceNumber, is_double));
+  set("NUMBER_KIND", offsetof(DeviceNumber, kind));
+  set("NUMBER_FLOAT", int(device::NumberKind::kFloat));
+  set("NUMBER_DOUBLE", int(device::NumberKind::kDouble));
   set("DECISION_WEIGHT", offsetof(StepDecision, weight));
   set("DECISION_NORM", offsetof(StepDecision, norm));
   set("DECISION_FACTOR64", offsetof(StepDecision, factor64));

@@ -119,7 +119,7 @@ const char* Walk::walk_groups(const py::list& param_groups) {
     if (!group.seen.changed(dict, plan_.reader)) continue;
     GroupValues values = plan_.read_group(group, dict);
     bool same = values.route_flags == group.values.route_flags &&
-                plan_.rule.variant(values.hyper) == group.variant;
+                group_flags(plan_.rule, values) == group.flags;
     for (int k = 0; k < kMaxHyper; ++k) {
       same = same && values.live[k].defined() == group.values.live[k].defined();
     }
@@ -219,7 +219,7 @@ const char* Walk::walk_rows(const int* begin, const int* end) {
     for (int k = 0; k < kRoles; ++k) {
       if (!host.has(k)) continue;
       PyObject* object = objects[at - begin][k];
-      if (host.wrapping >= 0 && k != kStep) object = unwrapped_state(host, k, object);
+      if (host.wrapping >= 0 && k < kScalar) object = unwrapped_state(host, k, object);
       if (object == nullptr || !THPVariable_CheckExact(object)) {
         return "a state is another kind of tensor";
       }
@@ -304,22 +304,23 @@ const char* Walk::walk_row(HostRow& host) {
       copy_on_write = copy_on_write || is_copy_on_write(*host.grad);
     }
   }
-  if (host.has(kStep)) {
-    const c10::TensorImpl& step = *host.states[kStep];
-    const auto type = c10::typeMetaToScalarType(step.dtype());
+  for (int k = 0; k < plan_.rule.scalar_states.count; ++k) {
+    if (!host.has_scalar(k)) continue;
+    const c10::TensorImpl& scalar = *host.states[kScalar + k];
+    const auto type = c10::typeMetaToScalarType(scalar.dtype());
     const TablePlan& plan = plan_.table_of(host);
-    if (step.key_set() != (host.step_on_device ? plan.plain_keys : plan_.host_keys) ||
-        (host.step_on_device && step.device() != plan.device) || step.numel() != 1 ||
+    const bool there = host.advances_there(k);
+    if (scalar.key_set() != (there ? plan.plain_keys : plan_.host_keys) ||
+        (there && scalar.device() != plan.device) || scalar.numel() != 1 ||
         (type != at::kFloat && type != at::kDouble)) {
       return "a step count has another dtype or device";
     }
-    copy_on_write = copy_on_write || is_copy_on_write(step);
-    host.step_at = address(step);
-    host.step_is_double = type == at::kDouble;
-    if (!host.step_on_device) {
-      host.step = 1 + (host.step_is_double ? *static_cast<double*>(host.step_at)
-                                           : double(*static_cast<float*>(host.step_at)));
-    }
+    copy_on_write = copy_on_write || is_copy_on_write(scalar);
+    void* at = host.scalar_at[k] = address(scalar);
+    const bool is_double = type == at::kDouble;
+    host.doubles = (host.doubles & ~(1u << k)) | (is_double ? 1u << k : 0u);
+    if (there) continue;
+    host.scalars[k] = is_double ? *static_cast<double*>(at) : double(*static_cast<float*>(at));
   }
   host.copy_on_write = copy_on_write;
   return nullptr;

@@ -15,7 +15,7 @@ namespace fusedopt {
 
 struct Adagrad {
   static constexpr HyperName kHyperNames[] = {{"lr"}, {"lr_decay"}, {"weight_decay"}, {"eps"}};
-  static constexpr bool kHasStep = true;
+  static constexpr ScalarStates kScalarStates{1, {{"step"}}};
 
   struct Hyper {
     double lr, lr_decay, weight_decay, eps;
@@ -33,7 +33,8 @@ struct Adagrad {
   };
 
   template <class T>
-  FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double step, bool /*first*/) {
+  FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double* scalar_states) {
+    const double step = scalar_states[0] += 1.0;
     return {T(h.lr / (1.0 + (step - 1.0) * h.lr_decay)), T(h.weight_decay), T(h.eps)};
   }
 

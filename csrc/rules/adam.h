@@ -28,7 +28,7 @@ struct Adam {
                                               {"weight_decay"},
                                               {"amsgrad"},
                                               {"decoupled_weight_decay"}};
-  static constexpr bool kHasStep = true;
+  static constexpr ScalarStates kScalarStates{1, {{"step"}}};
 
   struct Hyper {
     double lr, beta1, beta2, eps, weight_decay, amsgrad, decoupled_weight_decay;
@@ -55,7 +55,8 @@ struct Adam {
   };
 
   template <class T>
-  FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double step, bool /*first*/) {
+  FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double* scalar_states) {
+    const double step = scalar_states[0] += 1.0;
     const double bias_correction1 = 1.0 - power(h.beta1, step);
     const double bias_correction2 = 1.0 - power(h.beta2, step);
     const bool decoupled = h.decoupled_weight_decay != 0;

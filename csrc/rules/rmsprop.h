@@ -21,7 +21,7 @@ namespace fusedopt {
 struct RmsProp {
   static constexpr HyperName kHyperNames[] = {{"lr"},           {"alpha"},    {"eps"},
                                               {"weight_decay"}, {"momentum"}, {"centered"}};
-  static constexpr bool kHasStep = true;
+  static constexpr ScalarStates kScalarStates{1, {{"step"}}};
 
   struct Hyper {
     double lr, alpha, eps, weight_decay, momentum, centered;
@@ -55,7 +55,8 @@ struct RmsProp {
   };
 
   template <class T>
-  FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double /*step*/, bool /*first*/) {
+  FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double* scalar_states) {
+    scalar_states[0] += 1.0;
     return {T(h.lr), T(h.alpha), T(1.0 - h.alpha), T(h.eps), T(h.weight_decay), T(h.momentum)};
   }
 

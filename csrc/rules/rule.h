@@ -6,11 +6,14 @@
 //
 //   1. Names. `kHyperNames` lists the hyperparameters in the order of the fields of `Hyper`, spelled
 //      as torch.optim spells them in `param_groups`. `states(variant)` lists the state tensors that
-//      a variant uses, spelled as in `state_dict()`. `kHasStep` says whether torch keeps a `step`.
+//      a variant uses, spelled as in `state_dict()`, and `kScalarStates` the numbers that a parameter
+//      keeps from step to step, such as its `step`. A rule whose groups do not all need the latter
+//      says which do: `keeps_scalar_states(hyper)`.
 //   2. `Hyper`: what the user passed, as doubles (a bool is 0 or 1), one field a name.
-//   3. `prepare<T>(hyper, step, first) -> Scalars<T>`: what depends only on the hyperparameters and
-//      the step count, computed in double and narrowed once to the compute type T. `step` counts
-//      from 1; `first` says that the row's states were created for this very step.
+//   3. `prepare<T>(hyper, scalar_states) -> Scalars<T>`: what depends only on the hyperparameters
+//      and the scalar states, computed in double and narrowed once to the compute type T. It advances
+//      the scalar states, as many as kScalarStates has, to what they are after the step; they are 0
+//      where the group does not keep them.
 //   4. `update<kVariant>(V& param, V grad, V* state, const Scalars<T>&)`: one element, or one vector
 //      of elements. `kVariant` (from `variant(hyper)`) says which set of states there is; each set is
 //      a kernel of its own. A flag that changes only the formula is a scalar: a branch on a scalar is
@@ -54,6 +57,20 @@ constexpr int kMaxStates = 3;
 struct StateNames {
   int count;
   const char* names[kMaxStates];
+};
+
+constexpr int kMaxScalarStates = 3;
+
+// A number of a parameter's state, in a tensor of one element.
+struct ScalarState {
+  // With a leading underscore, as only the last may have, it is not in `state_dict()`.
+  const char* name = nullptr;
+  double initial = 0.0;
+  double loaded = 0.0;  // of a parameter whose states come from elsewhere, without this one
+};
+struct ScalarStates {
+  int count;
+  ScalarState states[kMaxScalarStates];
 };
 
 // The compute type of a scalar or of a vector of scalars. Drivers specialise it for their vectors.

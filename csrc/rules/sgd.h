@@ -10,7 +10,7 @@
 // deep learning", ICML 2013. Variant: torch.optim.SGD, which scales by lr when the parameter is
 // updated (the paper scales when the velocity is) and starts the buffer at the first gradient.
 // State: momentum_buffer, zero, in the parameter's dtype, absent when momentum is 0.
-// Deviation: none; the first step is `b = 0 * b + 1 * g` on a buffer of zeros.
+// Deviation: none; the first step is `b = momentum * b + 1 * g` on a buffer of zeros.
 #pragma once
 
 #include "rules/rule.h"
@@ -20,11 +20,16 @@ namespace fusedopt {
 struct Sgd {
   static constexpr HyperName kHyperNames[] = {
       {"lr"}, {"momentum"}, {"dampening"}, {"weight_decay"}, {"nesterov"}};
-  static constexpr bool kHasStep = false;
+  static constexpr ScalarStates kScalarStates{1, {{"_started", 0.0, 1.0}}};
 
   struct Hyper {
     double lr, momentum, dampening, weight_decay, nesterov;
   };
+
+  // Without dampening a first step needs no other arithmetic: the buffer is 0.
+  FUSEDOPT_HD static bool keeps_scalar_states(const Hyper& h) {
+    return h.momentum != 0 && h.dampening != 0;
+  }
 
   enum : int { kPlain, kMomentum, kVariants };
   static int variant(const Hyper& h) { return h.momentum == 0 ? kPlain : kMomentum; }
@@ -36,16 +41,17 @@ struct Sgd {
   struct Scalars {
     T lr;
     T weight_decay;
-    T nesterov;       // 0 or 1
-    T momentum;       // of Nesterov's look-ahead, every step
-    T buffer_decay;   // momentum, 0 on the first step
+    T nesterov;  // 0 or 1
+    T momentum;
     T buffer_weight;  // 1 - dampening, 1 on the first step
   };
 
   template <class T>
-  FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double /*step*/, bool first) {
-    return {T(h.lr),       T(h.weight_decay),           T(h.nesterov),
-            T(h.momentum), T(first ? 0.0 : h.momentum), T(first ? 1.0 : 1.0 - h.dampening)};
+  FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double* scalar_states) {
+    const bool first = keeps_scalar_states(h) && scalar_states[0] == 0.0;
+    scalar_states[0] = 1.0;
+    return {T(h.lr), T(h.weight_decay), T(h.nesterov), T(h.momentum),
+            T(first ? 1.0 : 1.0 - h.dampening)};
   }
 
   template <int kVariant, class V>
@@ -54,7 +60,7 @@ struct Sgd {
     if (s.weight_decay != 0) grad = grad + s.weight_decay * param;
     if constexpr (kVariant == kMomentum) {
       V& buffer = state[0];
-      buffer = s.buffer_decay * buffer + s.buffer_weight * grad;
+      buffer = s.momentum * buffer + s.buffer_weight * grad;
       if (s.nesterov != 0) {
         grad = grad + s.momentum * buffer;
       } else {

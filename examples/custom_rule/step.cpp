@@ -20,8 +20,8 @@ extern "C" __attribute__((visibility("default"))) void step(const char* rule, co
   table.states = info.states(variant).count;
   table.slot_size = info.slot_size(DType::kF32);
   table.slots.resize(static_cast<size_t>(table.slot_size));
-  info.write_slot(DType::kF32, values, static_cast<double>(step), step == 1, 1.0,
-                  table.slots.data());
+  double scalar_states[kMaxScalarStates] = {static_cast<double>(step - 1)};
+  info.write_slot(DType::kF32, values, scalar_states, 1.0, table.slots.data());
   Row row;
   row.param = param;
   row.grad = grad;

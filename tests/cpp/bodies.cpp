@@ -9,21 +9,21 @@ namespace fusedopt::testing {
 namespace {
 
 template <class Body>
-void run_update(const cuda::DeviceTable& table, const cuda::Scaler& scaler,
-                const Epilogue& epilogue, int64_t chunk, int thread, int threads) {
-  if (!cuda::skips(scaler, epilogue.decision)) {
-    Body::run(table, scaler, epilogue, chunk, thread, threads);
+void run_update(const device::DeviceTable& table, const Epilogue& epilogue, int64_t chunk,
+                int thread, int threads) {
+  if (!skips(epilogue.decision)) {
+    Body::run(table, epilogue, chunk, thread, threads);
   } else if (Body::clears(epilogue)) {
     Body::clear(table, epilogue, chunk, thread, threads);
   }
 }
 
 template <class G, class T>
-void run_norm(const cuda::DeviceTable& table, const DecisionInputs& inputs,
-              const cuda::Measure& measure, int64_t chunk) {
+void run_norm(const device::DeviceTable& table, const DecisionInputs& inputs,
+              const device::Measure& measure, int64_t chunk) {
   using Body = cuda::NormBody<G, T>;
-  const cuda::DeviceChunk piece = table.chunks[chunk];
-  const cuda::DeviceRow& row = table.rows[piece.row];
+  const device::DeviceChunk piece = table.chunks[chunk];
+  const device::DeviceRow& row = table.rows[piece.row];
   for (int64_t done = 0; done < piece.count; done += kNormBlock) {
     const int count =
         static_cast<int>(piece.count - done < kNormBlock ? piece.count - done : kNormBlock);
@@ -54,11 +54,11 @@ RunChunk update_of(int rule, int variant, int storage) {
 
 RunSlot prepare_of(int rule, bool in_double) {
   return visit_rule(rule, 0, [&]<class Rule, int kVariant>(Variant<Rule, kVariant>) -> RunSlot {
-    return in_double ? cuda::prepare_slot<Rule, double> : cuda::prepare_slot<Rule, float>;
+    return in_double ? device::prepare_slot<Rule, double> : device::prepare_slot<Rule, float>;
   });
 }
 
-void finish_norm(const DecisionInputs& inputs, const cuda::Measure& measure) {
+void finish_norm(const DecisionInputs& inputs, const device::Measure& measure) {
   if (measure.last == 0) return;
   const NormSums sums = sum_blocks(measure.blocks, measure.block_count);
   if (measure.total != nullptr) *measure.total = sums;

@@ -5,13 +5,13 @@
 
 namespace fusedopt::testing {
 
-using RunChunk = void (*)(const cuda::DeviceTable& table, const cuda::Scaler& scaler,
-                          const Epilogue& epilogue, int64_t chunk, int thread, int threads);
-using RunSlot = void (*)(const cuda::PrepareTable& table, const cuda::Scaler& scaler,
-                         const StepDecision* decision, int64_t slot);
-using RunNorm = void (*)(const cuda::DeviceTable& table, const DecisionInputs& inputs,
-                         const cuda::Measure& measure, int64_t chunk);
-using RunAccumulate = void (*)(const cuda::DeviceTable& table, const Epilogue& epilogue,
+using RunChunk = void (*)(const device::DeviceTable& table, const Epilogue& epilogue, int64_t chunk,
+                          int thread, int threads);
+using RunSlot = void (*)(const device::PrepareTable& table, const StepDecision* decision,
+                         int64_t slot);
+using RunNorm = void (*)(const device::DeviceTable& table, const DecisionInputs& inputs,
+                         const device::Measure& measure, int64_t chunk);
+using RunAccumulate = void (*)(const device::DeviceTable& table, const Epilogue& epilogue,
                                int64_t chunk, int thread, int threads);
 
 // An update kernel, for one thread: it clears where the step is skipped.
@@ -22,6 +22,6 @@ RunNorm norm_of(DType grad, DType param);
 RunAccumulate accumulate_of(DType grad, DType param);
 
 // What the last block of threads does.
-void finish_norm(const DecisionInputs& inputs, const cuda::Measure& measure);
+void finish_norm(const DecisionInputs& inputs, const device::Measure& measure);
 
 }  // namespace fusedopt::testing

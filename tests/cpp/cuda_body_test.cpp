@@ -15,34 +15,32 @@ using namespace fusedopt;
 using namespace fusedopt::testing;
 
 // Which access widths the rows of all jobs were given, so that none goes untested.
-std::array<long, 1 + cuda::kAccessBytes> seen_widths = {};
+std::array<long, 1 + device::kAccessBytes> seen_widths = {};
 
 // One launch: every chunk by every thread of a block of `threads`.
-void run_launch(const Job& job, const Table& table, int64_t chunk_elements, int threads,
-                const cuda::Scaler& scaler) {
-  std::vector<cuda::DeviceRow> rows(table.rows.size());
+void run_launch(const Job& job, const Table& table, int64_t chunk_elements, int threads) {
+  std::vector<device::DeviceRow> rows(table.rows.size());
   for (size_t r = 0; r < rows.size(); ++r) {
-    cuda::update_row(table.rows[r], table, rows[r]);
+    device::update_row(table.rows[r], table, rows[r]);
     ++seen_widths[rows[r].width];
   }
-  std::vector<cuda::DeviceLayout> layouts;
-  for (const Layout& layout : table.layouts) layouts.push_back(cuda::device_layout(layout));
-  std::vector<cuda::DeviceChunk> chunks;
-  cuda::cut(table, chunk_elements, chunks);
-  const cuda::DeviceTable device{rows.data(), chunks.data(), layouts.data(), table.slots.data(),
-                                 static_cast<int64_t>(chunks.size())};
+  std::vector<device::DeviceLayout> layouts;
+  for (const Layout& layout : table.layouts) layouts.push_back(device::device_layout(layout));
+  std::vector<device::DeviceChunk> chunks;
+  device::cut(table, chunk_elements, chunks);
+  const device::DeviceTable device{rows.data(), chunks.data(), layouts.data(), table.slots.data(),
+                                   static_cast<int64_t>(chunks.size())};
   const RunChunk body = update_of(job.rule->index, job.variant(), storage_index(job.storage));
   for (int64_t chunk = 0; chunk < device.chunk_count; ++chunk) {
     for (int thread = 0; thread < threads; ++thread) {
-      body(device, scaler, job.epilogue, chunk, thread, threads);
+      body(device, job.epilogue, chunk, thread, threads);
     }
   }
 }
 
-void check(const Job& job, int64_t chunk_elements, int threads, const std::string& what,
-           const cuda::Scaler& scaler = {}) {
+void check(const Job& job, int64_t chunk_elements, int threads, const std::string& what) {
   job.check(what + ": " + job.name("a CUDA body"),
-            [&](const Table& table) { run_launch(job, table, chunk_elements, threads, scaler); });
+            [&](const Table& table) { run_launch(job, table, chunk_elements, threads); });
 }
 
 // Sizes around every width, head and tail; chunk edges; rows that take no part; misaligned arrays.
@@ -81,7 +79,7 @@ void test_surroundings() {
   for (const bool take : {true, false}) {
     const StepDecision decision = some_verdict(take);
     for_each_variant([&](Job job) {
-      job.surround({&decision, take ? 1 : 0});
+      job.surround({&decision, take ? 0 : 1, take ? 1 : 0});
       for (int64_t n = 0; n <= 35; ++n) job.add_row(n, n, n % 7 != 3, -1);
       job.add_row(300, 300, true, -1);
       job.table.layouts.push_back(make_layout({3, 5, 7}, kMaxArrays));
@@ -113,81 +111,59 @@ void test_skips() {
     }
     Job run = job;
     run.connect();
-    run_launch(run, run.table, 64, 4, {});
+    run_launch(run, run.table, 64, 4);
     run.compare(job, "skips", /*moves=*/false);
   }
 }
 
-// Gradients are divided by the scale, and stay so.
-void test_grad_scale() {
-  const float scale = 4.0f;  // exact in every type, so that the expectation is
-  for_each_variant([&](Job job) {
-    for (const int64_t n : {1, 40, 65}) job.add_row(n, n, true, -1);
-    Job scaled = job;
-    for (size_t r = 0; r < job.arrays.size(); ++r) {
-      for (int64_t i = 0; i < job.table.rows[r].numel; ++i) {
-        // Small enough to be multiplied in fp16, large enough not to be subnormal.
-        const double grad = 0.5 + static_cast<double>(random_bits() % 64) / 64;
-        job.arrays[r][1].set(i, grad);
-        job.expected[r][1].set(i, grad);
-        scaled.arrays[r][1].set(i, grad * scale);
-      }
-    }
-    job.expect();
-    scaled.expected = job.expected;
-    check(scaled, 64, 4, "grad_scale", {&scale, nullptr});
-  });
-}
-
 // Slots prepared where kernels run are those the host writes, bit for bit; a skipped step counts for
-// nothing, and the one after it is the first.
+// nothing.
 void test_prepare(const RuleInfo& rule, DType dtype) {
   const RunSlot prepare_slot = prepare_of(rule.index, dtype == DType::kF64);
   for (const HyperValues& hyper : all_variants(rule)) {
     float live_lr = 0.25f;
-    float found_inf = 1.0f;
+    StepDecision decision;
+    decision.skip = 1;
     float counted = 0.0f;
     double counted_in_double = 41.0;
-    int32_t first = 1;
-    cuda::DeviceHyper hypers[2] = {{{}, {}, 1.0}, {{}, {}, -1.0}};
-    for (cuda::DeviceHyper& device : hypers) {
-      std::copy(std::begin(hyper.values), std::end(hyper.values), device.values);
+    device::DeviceHyper hypers[2] = {{{}, 1.0}, {{}, -1.0}};
+    for (device::DeviceHyper& device : hypers) {
+      for (int h = 0; h < kMaxHyper; ++h) device.values[h] = device::number_of(hyper.values[h]);
     }
-    hypers[1].live[0] = {&live_lr, 0};  // lr is the first of every rule's names
-    const cuda::DeviceNumber none{};
-    const cuda::DeviceNumber step{&counted, 0};
-    const cuda::DeviceNumber step_in_double{&counted_in_double, 1};
-    const cuda::PrepareSlot prepare[3] = {
-        {rule.has_step ? step : none, 1.0, &first, 0, 0},
-        {rule.has_step ? step_in_double : none, 1.0, nullptr, 0, 1},
-        {none, 7.0, nullptr, 1, 0},  // the host counts: this is its seventh step, and its first
-    };
+    hypers[1].values[0] =
+        device::number_at(&live_lr, false);  // lr is the first of every rule's names
+    device::PrepareSlot prepare[3];
+    prepare[0].scalar_states[0] = device::number_at(&counted, false);
+    prepare[1].scalar_states[0] = device::number_at(&counted_in_double, true);
+    prepare[2].scalar_states[0] =
+        device::number_of(6.0);  // the host counts: this is its seventh step
+    for (int i = 0; i < 3; ++i) prepare[i].hyper = i % 2;
     const auto size = static_cast<size_t>(rule.slot_size(dtype));
     std::vector<std::byte> slots(3 * size);
     std::vector<std::byte> expected(3 * size);
-    const cuda::PrepareTable table{prepare, hypers, slots.data(), 3};
-    const cuda::Scaler scaler{nullptr, &found_inf};
+    const device::PrepareTable table{prepare, hypers, slots.data(), 3};
     const auto run = [&] {
-      for (int64_t i = 0; i < 3; ++i) prepare_slot(table, scaler, nullptr, i);
+      for (int64_t i = 0; i < 3; ++i) prepare_slot(table, &decision, i);
     };
     run();
     const std::string what = std::string("prepare: ") + rule.name;
-    CHECK(counted == 0.0f && counted_in_double == 41.0 && first == 1, what + " counted a skip");
+    CHECK(counted == 0.0f && counted_in_double == 41.0, what + " counted a skip");
     CHECK(slots == expected, what + " wrote the slots of a skipped step");
-    found_inf = 0.0f;
+    decision.skip = 0;
     for (int count = 1; count <= 3; ++count) {
       run();
       HyperValues with_live = hyper;
       with_live.values[0] = live_lr;
-      rule.write_slot(dtype, hyper, rule.has_step ? count : 1, count == 1, 1.0, expected.data());
-      rule.write_slot(dtype, with_live, rule.has_step ? 41 + count : 1, false, -1.0,
-                      expected.data() + size);
-      rule.write_slot(dtype, hyper, 7, true, 1.0, expected.data() + 2 * size);
+      write_slot(rule, dtype, hyper, count, 1.0, expected.data());
+      write_slot(rule, dtype, with_live, 41 + count, -1.0, expected.data() + size);
+      write_slot(rule, dtype, hyper, 7, 1.0, expected.data() + 2 * size);
       checked += 3;
       CHECK(slots == expected, what + " differs at step " + std::to_string(count));
+      CHECK(rule.scalar_states.count == 0 ||
+                counted == scalar_after(rule.scalar_states.states[0], count),
+            what + " left the scalar state behind");
       live_lr *= 0.5f;
     }
-    CHECK(!rule.has_step || counted == 3.0f, what + " left the count behind");
   }
 }
 
@@ -213,13 +189,13 @@ void test_image() {
     row.numel = r == 2 ? 0 : 64;
   }
   table.slots.assign(8, std::byte{1});
-  for (const cuda::Scalars scalars : {cuda::Scalars::kHost, cuda::Scalars::kDevice}) {
-    const bool on_device = scalars == cuda::Scalars::kDevice;
-    cuda::Image image(table, scalars, 2, 132);
-    std::vector<cuda::PrepareSlot> prepare(6);
-    std::vector<cuda::DeviceHyper> hypers(2);
+  for (const device::Scalars scalars : {device::Scalars::kHost, device::Scalars::kDevice}) {
+    const bool on_device = scalars == device::Scalars::kDevice;
+    device::Image image(table, scalars, 2, 132);
+    std::vector<device::PrepareSlot> prepare(6);
+    std::vector<device::DeviceHyper> hypers(2);
     const auto changes = [&] {
-      std::vector<cuda::Range> changed;
+      std::vector<device::Range> changed;
       image.update(table, prepare, hypers, changed);
       ++checked;
       return changed;
@@ -231,17 +207,17 @@ void test_image() {
     table.rows[1].grad = &memory[65];
     table.rows[3].grad = nullptr;
     const auto rows = changes();
-    CHECK(rows.size() == 1 && rows[0].end - rows[0].begin == 3 * sizeof(cuda::DeviceRow),
+    CHECK(rows.size() == 1 && rows[0].end - rows[0].begin == 3 * sizeof(device::DeviceRow),
           "image: rows 1 to 3");
-    const auto* on_board = reinterpret_cast<const cuda::DeviceRow*>(image.data() + rows[0].begin);
+    const auto* on_board = reinterpret_cast<const device::DeviceRow*>(image.data() + rows[0].begin);
     CHECK(on_board[0].grad == &memory[65] && on_board[2].grad == nullptr, "image: its rows");
     CHECK(on_board[0].width == 1, "image: a row that moved has kept its access width");
     table.rows[5].slot = 1;
     CHECK(changes().size() == 1, "image: a slot's index");
     table.slots[3] = std::byte{7};
     CHECK(changes().size() == (on_device ? 0 : 1), "image: slots are uploaded by the host only");
-    hypers[1].values[0] = 2;
-    prepare[4].host_step = 3;
+    hypers[1].values[0] = device::number_of(2);
+    prepare[4].scalar_states[0] = device::number_of(3);
     CHECK(changes().size() == (on_device ? 2 : 0), "image: numbers for the device");
     table.rows[1].grad = table.rows[3].grad = table.rows[0].grad;
     table.rows[5].slot = 0;
@@ -253,9 +229,9 @@ void test_chunk_elements() {
   const StorageTuple f32{DType::kF32, DType::kF32, DType::kF32};
   const StorageTuple bf16{DType::kBF16, DType::kBF16, DType::kF32};
   for (const StorageTuple& storage : {f32, bf16}) {
-    const int64_t least = int64_t{cuda::kThreads} * cuda::vector_width(storage);
+    const int64_t least = int64_t{device::kThreads} * device::vector_width(storage);
     for (const int64_t numel : {int64_t{0}, int64_t{1}, int64_t{1} << 20, int64_t{1} << 33}) {
-      const int64_t elements = cuda::chunk_elements(numel, 132, storage);
+      const int64_t elements = device::chunk_elements(numel, 132, storage);
       const std::string what = "chunks of " + std::to_string(elements);
       CHECK(elements % least == 0 && elements >= least && elements <= 1 << 15, what);
       CHECK(elements == least || numel / elements >= 32 * 132, what + " leave the chip idle");
@@ -274,6 +250,5 @@ int main() {
   test_layouts();
   test_surroundings();
   test_skips();
-  test_grad_scale();
   return check::finish("cuda_body_test", checked);
 }

@@ -85,7 +85,7 @@ void test_surroundings() {
   for (const bool take : {true, false}) {
     const StepDecision decision = some_verdict(take);
     for_each_variant([&](Job job) {
-      job.surround({&decision, take ? 1 : 0});
+      job.surround({&decision, take ? 0 : 1, take ? 1 : 0});
       for (const int64_t n : {1, 0, 15, 16, 17, 33, 64, 65, 700}) job.add_row(n, n, n != 33, -1);
       for (const std::vector<int64_t>& sizes : {std::vector<int64_t>{7, 30}, {3, 5, 2, 70}}) {
         int64_t numel = 1;

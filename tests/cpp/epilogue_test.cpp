@@ -1,13 +1,12 @@
 // What happens around updates: norms of every tier and of the CUDA bodies against sums of their own
-// in the order that core/epilogue.h states, accumulation, and what `decide` makes of the sums.
-#include "core/epilogue.h"
-
+// in the order that core/decision.h states, accumulation, and what `decide` makes of the sums.
 #include <cmath>
 #include <limits>
 #include <thread>
 
 #include "bodies.h"
 #include "check.h"
+#include "core/decision.h"
 #include "cpu/driver.h"
 #include "job.h"
 
@@ -125,19 +124,19 @@ void test_norms() {
         compare(sums, wanted, "norm: " + job.name(tier.name));
       }
     }
-    std::vector<cuda::DeviceRow> rows(job.table.rows.size());
+    std::vector<device::DeviceRow> rows(job.table.rows.size());
     for (size_t r = 0; r < rows.size(); ++r)
-      cuda::update_row(job.table.rows[r], job.table, rows[r]);
-    const cuda::DeviceLayout layout = cuda::device_layout(job.table.layouts[0]);
+      device::update_row(job.table.rows[r], job.table, rows[r]);
+    const device::DeviceLayout layout = device::device_layout(job.table.layouts[0]);
     DecisionInputs inputs;
     inputs.weight = kIn;
     for (const int64_t elements : {1024, 8192}) {
-      std::vector<cuda::DeviceChunk> chunks;
-      cuda::cut(job.table, elements, chunks);
-      const cuda::DeviceTable table{rows.data(), chunks.data(), &layout, nullptr,
-                                    static_cast<int64_t>(chunks.size())};
+      std::vector<device::DeviceChunk> chunks;
+      device::cut(job.table, elements, chunks);
+      const device::DeviceTable table{rows.data(), chunks.data(), &layout, nullptr,
+                                      static_cast<int64_t>(chunks.size())};
       std::vector<NormSums> sums = stale;
-      const cuda::Measure measure{sums.data(), 0, nullptr, nullptr, 0, 0};
+      const device::Measure measure{sums.data(), 0, nullptr, nullptr, 0, 0};
       for (int64_t c = 0; c < table.chunk_count; ++c) {
         norm_of(storage.grad, storage.param)(table, inputs, measure, c);
       }
@@ -196,16 +195,16 @@ void test_accumulation() {
         }
         Job here = run;
         here.connect();
-        std::vector<cuda::DeviceRow> rows(here.table.rows.size());
+        std::vector<device::DeviceRow> rows(here.table.rows.size());
         for (size_t r = 0; r < rows.size(); ++r) {
           if (run.table.rows[r].grad == nullptr) here.table.rows[r].grad = nullptr;
-          cuda::update_row(here.table.rows[r], here.table, rows[r]);
+          device::update_row(here.table.rows[r], here.table, rows[r]);
         }
-        const cuda::DeviceLayout layout = cuda::device_layout(here.table.layouts[0]);
-        std::vector<cuda::DeviceChunk> chunks;
-        cuda::cut(here.table, 1024, chunks);
-        const cuda::DeviceTable table{rows.data(), chunks.data(), &layout, nullptr,
-                                      static_cast<int64_t>(chunks.size())};
+        const device::DeviceLayout layout = device::device_layout(here.table.layouts[0]);
+        std::vector<device::DeviceChunk> chunks;
+        device::cut(here.table, 1024, chunks);
+        const device::DeviceTable table{rows.data(), chunks.data(), &layout, nullptr,
+                                        static_cast<int64_t>(chunks.size())};
         for (int64_t c = 0; c < table.chunk_count; ++c) {
           for (int thread = 0; thread < 5; ++thread) {
             accumulate_of(storage.grad, storage.param)(table, epilogue, c, thread, 5);

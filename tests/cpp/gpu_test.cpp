@@ -8,7 +8,7 @@
 
 namespace {
 
-using namespace fusedopt::cuda;
+using namespace fusedopt::device;
 
 constexpr size_t kPlaceBytes = 64;
 constexpr size_t kPlaces = 3;

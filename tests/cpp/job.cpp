@@ -24,6 +24,9 @@ T take_grad(const Span& span, int64_t i, const Epilogue& epilogue) {
     seen = take ? accumulator[i] + seen * epilogue.decision->in<T>() : accumulator[i];
     accumulator[i] = 0;
   }
+  if (take && epilogue.write_grads != 0) {
+    grad[i] = Narrow<G>::from(T(widen(grad[i])) * epilogue.decision->factor<T>());
+  }
   if (grad != nullptr && epilogue.zero_grads != 0) grad[i] = Narrow<G>::from(0);
   return seen;
 }

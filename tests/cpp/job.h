@@ -67,6 +67,21 @@ struct Array {
 // Hyperparameters for every variant: those that may switch one on are tried at zero and above it.
 std::vector<HyperValues> all_variants(const RuleInfo& rule);
 
+// A scalar state after `steps` steps.
+inline double scalar_after(const ScalarState& state, double steps) {
+  return state.name[0] == '_' ? (steps == 0 ? state.initial : state.loaded) : state.initial + steps;
+}
+
+// Writes the slot of a rule's `step`-th step.
+inline void write_slot(const RuleInfo& rule, DType param, const HyperValues& hyper, double step,
+                       double grad_factor, std::byte* slot) {
+  double scalars[kMaxScalarStates] = {};
+  for (int k = 0; k < rule.scalar_states.count; ++k) {
+    scalars[k] = scalar_after(rule.scalar_states.states[k], step - 1);
+  }
+  rule.write_slot(param, hyper, scalars, grad_factor, slot);
+}
+
 // ---- A table with its arrays, and the same arrays for the scalar path --------------------------
 
 struct Job {
@@ -86,9 +101,9 @@ struct Job {
     table.slot_size = r.slot_size(storage.param);
     for (int a = 0; a < 2 + states.count; ++a) places_.push_back(a);
     // The first step; a later one; a late one that maximizes.
-    add_slot(1, true, 1.0);
-    add_slot(7, false, 1.0);
-    add_slot(1000, false, -1.0);
+    add_slot(1, 1.0);
+    add_slot(7, 1.0);
+    add_slot(1000, -1.0);
   }
 
   // Adds to the rows to come what is around an update: accumulators and averages.
@@ -108,10 +123,10 @@ struct Job {
 
   const std::byte* slot(int64_t i) const { return table.slots.data() + i * table.slot_size; }
 
-  void add_slot(double step, bool first, double grad_factor) {
+  void add_slot(double step, double grad_factor) {
     const size_t at = table.slots.size();
     table.slots.resize(at + static_cast<size_t>(table.slot_size));
-    rule->write_slot(storage.param, hyper, step, first, grad_factor, table.slots.data() + at);
+    write_slot(*rule, storage.param, hyper, step, grad_factor, table.slots.data() + at);
   }
 
   // `extent` elements of memory an array hold the row's `numel` elements.

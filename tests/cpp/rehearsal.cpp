@@ -13,7 +13,7 @@
 namespace {
 
 using namespace fusedopt;
-using namespace fusedopt::cuda;
+using namespace fusedopt::device;
 using namespace fusedopt::testing;
 
 constexpr int kHostThreads = 3;  // an odd number of steps in every loop over a chunk
@@ -30,17 +30,17 @@ class Rehearsal final : public Launcher {
   Status load(const StorageTuple&, int, int) override { return nullptr; }
 
   Status update(const StorageTuple& storage, int rule, int variant, const DeviceTable& table,
-                const Scaler& scaler, const Epilogue& epilogue, Stream) override {
+                const Epilogue& epilogue, Stream) override {
     ++updates;
-    return over_chunks(update_of(rule, variant, storage_index(storage)), table, scaler, epilogue);
+    return over_chunks(update_of(rule, variant, storage_index(storage)), table, epilogue);
   }
 
-  Status prepare(int rule, bool in_double, const PrepareTable& table, const Scaler& scaler,
-                 const StepDecision* decision, Stream) override {
+  Status prepare(int rule, bool in_double, const PrepareTable& table, const StepDecision* decision,
+                 Stream) override {
     ++prepares;
     const RunSlot run = prepare_of(rule, in_double);
     return launch([=] {
-      for (int64_t slot = 0; slot < table.slot_count; ++slot) run(table, scaler, decision, slot);
+      for (int64_t slot = 0; slot < table.slot_count; ++slot) run(table, decision, slot);
     });
   }
 
@@ -106,12 +106,10 @@ class Rehearsal final : public Launcher {
     return nullptr;
   }
 
-  Status over_chunks(RunChunk body, const DeviceTable& table, const Scaler& scaler,
-                     const Epilogue& epilogue) {
+  Status over_chunks(RunChunk body, const DeviceTable& table, const Epilogue& epilogue) {
     return launch([=] {
       for (int64_t chunk = 0; chunk < table.chunk_count; ++chunk) {
-        for (int t = 0; t < kHostThreads; ++t)
-          body(table, scaler, epilogue, chunk, t, kHostThreads);
+        for (int t = 0; t < kHostThreads; ++t) body(table, epilogue, chunk, t, kHostThreads);
       }
     });
   }

@@ -107,7 +107,13 @@ inline std::string exact(double x) {
 template <class Rule, int kVariant, class T>
 void run(const Case& c, const typename Rule::Hyper& hyper, size_t bounds, const char* type) {
   const size_t states = c.states.size();
-  const auto scalars = Rule::template prepare<T>(hyper, c.step, c.first);
+  double scalar_states[kMaxScalarStates] = {};
+  for (int k = 0; k < Rule::kScalarStates.count; ++k) {
+    const ScalarState& state = Rule::kScalarStates.states[k];
+    const bool is_private = state.name[0] == '_';
+    scalar_states[k] = is_private ? (c.first ? state.initial : state.loaded) : c.step - 1;
+  }
+  const auto scalars = Rule::template prepare<T>(hyper, scalar_states);
   std::vector<double> worst(1 + states, 0.0);  // error over bound
   std::vector<std::string> report(1 + states);
   for (size_t e = 0; e < c.elements.size(); ++e) {

@@ -16,7 +16,7 @@ namespace fusedopt {
 
 struct HeavyBall {
   static constexpr HyperName kHyperNames[] = {{"lr"}, {"momentum"}};
-  static constexpr bool kHasStep = false;
+  static constexpr ScalarStates kScalarStates{};
 
   struct Hyper {
     double lr, momentum;
@@ -33,7 +33,7 @@ struct HeavyBall {
   };
 
   template <class T>
-  FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double /*step*/, bool /*first*/) {
+  FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double* /*scalar_states*/) {
     return {T(h.lr), T(h.momentum)};
   }
 

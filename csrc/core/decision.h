@@ -1,5 +1,5 @@
-// What a step does with gradients besides updating: how their norm is summed, and what a step makes
-// of the sums. One arithmetic for all drivers, torch-free, host and device.
+// What a step does with gradients besides updating, and what it makes of their norm: one arithmetic
+// for all drivers, torch-free, host and device.
 //
 // A step that clips, checks, accumulates or averages makes two launches over a table: the first sums
 // the squares of the gradients, the second updates. Between them stands a `StepDecision`, a few numbers in
@@ -13,48 +13,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "rules/rule.h"
+#include "core/norm.h"
 
 namespace fusedopt {
-
-// ---- Norms -------------------------------------------------------------------------------------
-//
-// A row is cut into blocks of kNormBlock elements. Each is summed in double into kNormClasses sums,
-// element e into sum e % kNormClasses, which are folded by halves; the blocks of all rows, in the
-// order of the parameters, are then summed in the same way. So a norm has the same bits whatever the
-// number of threads, the chunks, the instruction tier or the device.
-
-constexpr int64_t kNormBlock = 1024;
-constexpr int kNormClasses = 256;
-
-constexpr int64_t norm_blocks(int64_t numel) { return (numel + kNormBlock - 1) / kNormBlock; }
-
-// The sums of squares of a block: of what the gradients and the accumulators come to, and of the
-// accumulators alone, should the gradients turn out not to be finite.
-struct NormSums {
-  double with = 0.0;
-  double without = 0.0;
-};
-
-FUSEDOPT_HD static double fold(double* sums) {
-  for (int half = kNormClasses / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  return sums[0];
-}
-
-// The sum of what the blocks of all rows came to.
-inline NormSums sum_blocks(const NormSums* blocks, int64_t count) {
-  double with[kNormClasses] = {};
-  double without[kNormClasses] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    with[i % kNormClasses] += blocks[i].with;
-    without[i % kNormClasses] += blocks[i].without;
-  }
-  return {fold(with), fold(without)};
-}
-
-// ---- Decisions ---------------------------------------------------------------------------------
 
 // Result of the norm pass, read by the update kernel. Lives as long as the optimizer: `weight` is that
 // of the accumulated micro-batches of the present window.
@@ -96,7 +57,13 @@ struct StepDecision {
 struct Epilogue {
   const StepDecision* decision = nullptr;
   int64_t zero_grads = 0;  // gradients are zero afterwards
+  int64_t write_grads =
+      0;  // those that are taken are multiplied by the decision's factor, for good
 };
+
+FUSEDOPT_HD static bool skips(const StepDecision* decision) {
+  return decision != nullptr && decision->skip != 0;
+}
 
 enum class Purpose : int32_t {
   kUpdate,      // the gradients are the update's
