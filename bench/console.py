@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from . import rows, tables
+from . import job_tables, rows
 from .rows import Row
+from .tables import Table
 from .timing import Advance, use_threads
 
 # Columns the widest table takes. A narrower terminal breaks its lines, which loses nothing; rich
@@ -34,7 +35,7 @@ class Run:
         """Prints a sentence."""
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def show(self, made: Iterable[tables.Table]) -> None:
+    def show(self, made: Iterable[Table]) -> None:
         """Prints tables."""
         for table in made:
             self.console.print(Text(table.title, style="bold"), table.to_rich(), sep="\n")
@@ -63,8 +64,8 @@ class Run:
         finally:
             self.rows += found
             if found:
-                self.show(tables.of(found))
-                for sentence in tables.sentences(found):
+                self.show(job_tables.of(found))
+                for sentence in job_tables.sentences(found):
                     self.say(sentence)
         return found
 

@@ -250,10 +250,10 @@ def machine() -> Row:
 def show(rows: Sequence[Row]) -> None:
     """Prints the tables, as far as the package was built."""
     with contextlib.suppress(ImportError):
-        from fusedopt.bench import gpu_tables, tables
+        from fusedopt.bench import gpu_tables, job_tables
         from fusedopt.bench.console import Run
 
-        Run().show([*tables.of(rows), gpu_tables.goals(rows)])
+        Run().show([*job_tables.of(rows), gpu_tables.goals(rows)])
 
 
 def main(arguments: list[str] | None = None) -> int:

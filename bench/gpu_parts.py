@@ -20,7 +20,7 @@ import torch
 import fusedopt
 from fusedopt._extension import _C
 
-from . import load, optimizers, pipeline, rows, step
+from . import optimizers, pipeline, rows, step, transfer
 from .providers import PROVIDERS, parameters_with
 from .rows import Row
 from .timing import measure, time_once
@@ -93,7 +93,7 @@ def graphs(device: str, rehearse: bool) -> Iterator[Row]:
 
 def transfers(device: str, rehearse: bool) -> Iterator[Row]:
     """Rates of batches on their way to the device, beside a memcpy's."""
-    yield from map(load.transfer, load.TRANSFERS)
+    yield from map(transfer.measure, transfer.SIZES)
 
 
 def walk(made: Any, params: list[torch.nn.Parameter], steps: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from fusedopt.backends import backend_for
 
 from . import (
+    job_tables,
     load,
     memory,
     optimizers,
@@ -24,9 +25,9 @@ from . import (
     providers,
     rows,
     step,
-    tables,
     timing,
     train,
+    transfer,
     workloads,
 )
 from .providers import PROVIDERS
@@ -206,14 +207,14 @@ def run_load(parser: Parser, options: Options, run: Any) -> int:
     tasks = [task for name in options.workloads
              for task in load.plan(name, options.providers, options.device)]  # fmt: skip
     tasks = fitting(parser, options, tasks, run)
-    sizes = load.TRANSFERS if options.device == "cuda" else ()
+    sizes = transfer.SIZES if options.device == "cuda" else ()
 
     def measured(advance: timing.Advance) -> Iterator[list[Row]]:
         for task in tasks:
             yield load.race(task, options.rounds, options.seconds, advance)
         for mib in sizes:
             advance(f"{mib} MiB")
-            yield [load.transfer(mib)]
+            yield [transfer.measure(mib)]
 
     title = f"Going through batches, {options.rounds} epochs, round-robin in one process"
     total = len(tasks) * options.rounds + len(sizes)
@@ -289,6 +290,6 @@ def run_report(parser: Parser, options: Options, run: Any) -> int:
 
 def run_list(parser: Parser, options: Options, run: Any) -> int:
     """Prints workloads, and providers with what they can step here or why they cannot."""
-    run.show([tables.workload_table(workloads.WORKLOADS.values()),
-              tables.provider_table(options.device)])  # fmt: skip
+    run.show([job_tables.workload_table(workloads.WORKLOADS.values()),
+              job_tables.provider_table(options.device)])  # fmt: skip
     return 0

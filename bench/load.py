@@ -2,8 +2,7 @@
 
 Feeds race round-robin in this process over rows in memory, an epoch of shuffled batches each a
 round: torch's loaders, torchdata's, a plain loop, ours, and a floor. To add one, append a function
-to ``FEEDS``. On a GPU there is more to see: how close the way to the device comes to a memcpy from
-page-locked memory, how much of it hides behind a kernel, and what a batch costs the host.
+to ``FEEDS``. What more there is to see on a GPU, `transfer` measures.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,17 +20,14 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from fusedopt.data import DevicePrefetcher, TensorLoader
+from fusedopt.data import TensorLoader
 
 from .rows import CANDIDATE, FLOOR, Row
-from .timing import Advance, Entrant, Step, Task, measure, run_race, time_once
+from .timing import Advance, Entrant, Step, Task, measure
 
 Batch = list[torch.Tensor]
 
-MIB = 2**20
 SETTLING = 0.5  # seconds for the threads of one feed, before the next
-TRANSFERS = (1, 4, 16, 64)  # MiB of a batch
-BATCHES = 256  # of a pass over a batch size on a GPU: it begins once for all of them
 STANDARD = ("mnist", "images", "table")
 
 
@@ -226,78 +221,3 @@ def _settle() -> None:
     deadline = default_timer() + SETTLING
     while threading.active_count() > 1 and default_timer() < deadline:
         time.sleep(0.01)
-
-
-# ---- on a GPU ----
-
-
-def transfer(mib: int, rounds: int = 5) -> Row:
-    """Bytes a second of batches on their way to the GPU, beside a memcpy; and what hides of it."""
-    bytes_each = mib * MIB
-    pinned = torch.zeros(bytes_each, dtype=torch.uint8).pin_memory()
-    there = torch.empty_like(pinned, device="cuda")
-    rows = torch.zeros(16 * 1024, bytes_each // 1024, dtype=torch.uint8)
-    index = torch.zeros(1, device="cuda")
-
-    def copies() -> None:
-        for _ in range(BATCHES):
-            there.copy_(pinned, non_blocking=True)
-        torch.cuda.synchronize()
-
-    def passes(loader: Any, work: Step = lambda: None) -> Entrant:
-        def run() -> None:
-            for batch in loader:
-                work()
-                del batch
-            torch.cuda.synchronize()
-
-        return Entrant(run)
-
-    copy_seconds = statistics.median(time_once(copies) for _ in range(5)) / BATCHES
-    cycles = int(1.5 * copy_seconds * 1.7e9)  # a kernel half as long again as a copy
-
-    def sleep() -> None:
-        torch.cuda._sleep(cycles)
-        index.add_(1)
-
-    ready = DevicePrefetcher([pinned] * BATCHES, "cuda")
-    gathered = TensorLoader(rows, batch_size=1024, shuffle=True, device="cuda")
-    entrants = {
-        "memcpy": Entrant(copies),
-        "prefetcher": passes(ready),
-        "loader": passes(gathered),
-        "compute": passes(range(BATCHES), sleep),
-        "prefetcher, compute": passes(ready, sleep),
-    }
-    race = run_race(entrants, rounds, 10.0)
-    seconds = {name: race.stats(name).median / BATCHES for name in entrants}
-    seconds["loader"] *= BATCHES / len(gathered)
-    rates = {n: bytes_each / seconds[n] for n in ("memcpy", "prefetcher", "loader")}
-    share = race.ratio("memcpy", "prefetcher")
-    assert share is not None
-    columns = ("memcpy", "compute", "prefetcher, compute")
-    hidden = [
-        (copied + computed - both) / copied
-        for copied, computed, both in zip(*map(race.seconds.get, columns), strict=True)
-        if not math.isnan(copied + computed + both)
-    ]
-    return {
-        "job": "transfer", "device": "cuda", "batch_mib": mib, "bytes_per_second": rates,
-        "prefetcher_share": share.median, "loader_share": rates["loader"] / rates["memcpy"],
-        "hidden": statistics.median(hidden), "host_us": _host_microseconds(ready),
-    }  # fmt: skip
-
-
-def _host_microseconds(loader: Any) -> float:
-    """Median of what asking for a batch takes that has been ready for long."""
-    times = []
-    iterator = iter(loader)
-    next(iterator)
-    for _ in range(20):
-        torch.cuda._sleep(2_000_000)
-        torch.cuda.synchronize()
-        start = default_timer()
-        next(iterator)
-        times.append(default_timer() - start)
-    iterator.close()
-    return statistics.median(times) * 1e6

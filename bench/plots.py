@@ -23,7 +23,8 @@ from . import rows as results
 from . import train
 from .providers import title_of
 from .rows import CANDIDATE, FLOOR, Row, label
-from .tables import against, compared, in_sweep, number
+from .step_tables import in_sweep
+from .tables import against, compared, number
 from .workloads import binary
 
 INK, FAINT, OURS, TORCH, OTHERS = "#1a1a1a", "#e6e6e6", "#d55e00", "#0072b2", "#858585"

@@ -1,10 +1,9 @@
 """Who can take a step: torch, other libraries, fusedopt and the traffic floor, in one table.
 
 Every provider builds its own parameters (copies of the gradients, which all share) and its own
-states, and drops them with the entrant it returned. To add a library, add a `Provider` to
-``PEERS``. Every class is given torch's defaults by name, for libraries have others (optimi's eps is
-1e-6), and only equal work can be compared; whether it then does the same arithmetic, `parity`
-checks.
+states, and drops them with the entrant it returned. Every class is given torch's defaults by name,
+for libraries have others (optimi's eps is 1e-6), and only equal work can be compared; whether it
+then does the same arithmetic, `parity` checks.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import torch
 from fusedopt._extension import _C
 
 from . import floor, optimizers
+from .peers import PEERS
 from .timing import Entrant, Step
 
 
@@ -227,56 +227,6 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _named(module: str, names: str, form: str, **keywords: Any) -> dict[str, Any]:
-    """Classes that are called as torch's, in the form ``Flash{}`` or ``{}32bit``."""
-    return {name: (f"{module}.{form.format(name)}", keywords) for name in names.split()}
-
-
-PEERS = (
-    Provider(
-        "apex", "apex", "apex",
-        {"Adam": ("apex.optimizers.FusedAdam", {"adam_w_mode": False}),
-         **_named("apex.optimizers", "SGD Adagrad", "Fused{}"),
-         "AdamW": ("apex.optimizers.FusedAdam", {})},
-        devices=("cuda",), remedy="its README says how to build it; PyPI's apex is another",
-    ),
-    Provider(
-        "transformer-engine", "TransformerEngine", "transformer_engine",
-        {"Adam": ("transformer_engine.pytorch.optimizers.FusedAdam", {"adam_w_mode": False}),
-         "AdamW": ("transformer_engine.pytorch.optimizers.FusedAdam", {}),
-         "SGD": ("transformer_engine.pytorch.optimizers.FusedSGD", {})},
-        devices=("cuda",), remedy="pip install transformer-engine[pytorch], beside a CUDA torch",
-    ),
-    Provider(
-        "deepspeed", "DeepSpeed FusedAdam", "deepspeed",
-        {"Adam": ("deepspeed.ops.adam.FusedAdam", {"adam_w_mode": False}),
-         "AdamW": ("deepspeed.ops.adam.FusedAdam", {})},
-        devices=("cuda",),
-    ),
-    Provider(
-        "deepspeed-cpu", "DeepSpeed on the CPU", "deepspeed",
-        {"Adam": ("deepspeed.ops.adam.DeepSpeedCPUAdam", {"adamw_mode": False}),
-         "AdamW": ("deepspeed.ops.adam.DeepSpeedCPUAdam", {}),
-         "Adagrad": ("deepspeed.ops.adagrad.DeepSpeedCPUAdagrad", {})},
-        devices=("cpu",),
-    ),
-    Provider(
-        "bitsandbytes", "bitsandbytes 32-bit", "bitsandbytes",
-        _named("bitsandbytes.optim", "SGD Adagrad RMSprop Adam AdamW", "{}32bit"),
-    ),
-    # Off by default: it compiles for every shape of tensor, for seconds each.
-    Provider(
-        "torchao", "torchao", "torchao", {"AdamW": ("torchao.optim.adam._AdamW", {})},
-        default=False, most_tensors=200,
-    ),
-    Provider("optimi", "torch-optimi", "optimi", _named("optimi", "SGD Adam AdamW", "{}")),
-    Provider(
-        "flashoptim", "FlashOptim", "flashoptim",
-        _named("flashoptim", "SGD Adam AdamW", "Flash{}", quantize=False, master_weight_bits=None),
-        devices=("cuda",),
-    ),
-)  # fmt: skip
-
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
@@ -288,7 +238,7 @@ PROVIDERS: dict[str, Provider] = {
             "torch-compiled", "torch compiled", "torch.optim", keywords={"foreach": True},
             default=False, compiled=True, most_tensors=200,
         ),
-        *PEERS,
+        *(Provider(name, *told, **more) for name, (*told, more) in PEERS.items()),
         Provider("fusedopt", "fusedopt", "fusedopt"),
         *(
             Provider(f"fusedopt-{backend}", f"fusedopt {title}", "fusedopt",

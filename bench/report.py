@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import gpu_tables, tables
+from . import gpu_tables, job_tables, step_tables, tables
 from . import rows as results
 from .rows import ResultError, Row
 
@@ -36,18 +36,18 @@ def write_page(rows: Sequence[Row], changes: Sequence[Row], out: Path) -> Path:
         shown.append({
             "machine": run[0]["machine"],
             "source": results.source(run[0]),
-            "verdict": tables.verdict_table(run),
+            "verdict": step_tables.verdict_table(run),
             "pictures": {
                 says: base64.b64encode(path.read_bytes()).decode() for says, path in drawn.items()
             },
-            "tables": [tables.step_table(found)
+            "tables": [step_tables.step_table(found)
                        for found in results.grouped(run, "workload").values()],
         })  # fmt: skip
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     changed = changes and {"before": changes[0]["date_before"],
-                           "table": tables.change_table(changes)}  # fmt: skip
-    legend = tables.LEGENDS["step"].format(baseline=tables.against(rows[0]["baseline"]))
+                           "table": step_tables.change_table(changes)}  # fmt: skip
+    legend = job_tables.LEGENDS["step"].format(baseline=tables.against(rows[0]["baseline"]))
     path = out / "report.html"
     path.write_text(
         pages.get_template("report.html.jinja").render(runs=shown, changes=changed, legend=legend)
@@ -98,7 +98,7 @@ def made_blocks(files: Sequence[Sequence[Row]]) -> dict[str, str]:
     for row in rows:
         newest[row["machine"]] = max(row["date"], newest.get(row["machine"], ""))
     latest = [row for row in rows if row["date"] == newest[row["machine"]]]
-    blocks = {"front": tables.front_table(latest).to_markdown(), "all": full_tables(rows)}
+    blocks = {"front": step_tables.front_table(latest).to_markdown(), "all": full_tables(rows)}
     checks = [file for file in files if any(row["job"] == "part" for row in file)]
     if checks:
         check = max(checks, key=lambda file: str(file[0]["date"]))
@@ -132,5 +132,5 @@ def full_tables(rows: Sequence[Row]) -> str:
             first = found[0]
             size = f"{first['tensors']:,} tensors, {first['elements']:,} parameters"
             parts.append(f"### {first['workload']}: {size}")
-            parts.append(tables.step_table(found).to_markdown())
+            parts.append(step_tables.step_table(found).to_markdown())
     return "\n\n".join(parts)

@@ -573,8 +573,9 @@ def test_an_absent_or_broken_library_is_a_reason_and_no_error(tmp_path, monkeypa
     assert peer.unavailable("SGD") == "Broken has no SGD"
 
 
-@pytest.mark.parametrize("peer", providers.PEERS, ids=lambda peer: peer.name)
-def test_an_installed_peer_does_its_share_or_says_why(peer):
+@pytest.mark.parametrize("name", providers.PEERS)
+def test_an_installed_peer_does_its_share_or_says_why(name):
+    peer = providers.PROVIDERS[name]
     if not peer.installed() or "cpu" not in peer.devices:
         pytest.skip(f"{peer.library} is not installed here, or runs on a GPU")
     if peer.library in ("deepspeed", "torchao"):

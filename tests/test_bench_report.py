@@ -10,7 +10,7 @@ for needed in ("rich", "matplotlib", "jinja2"):
     pytest.importorskip(needed, reason="fusedopt.bench needs it")
 
 from fusedopt.bench import __main__ as cli  # noqa: E402  # what they need is there
-from fusedopt.bench import report, rows, tables  # noqa: E402
+from fusedopt.bench import report, rows, step_tables, tables  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WHERE = {"device": "cpu", "machine": "A <processor>, 2 threads", "torch": "9.9", "fusedopt": "0.1",
@@ -78,7 +78,7 @@ def test_figures_are_derived_from_the_row():
 
 
 def test_every_way_to_write_a_table_has_the_same_cells(capsys):
-    table = tables.step_table(GPU[2:])
+    table = step_tables.step_table(GPU[2:])
     assert table.heads[-3:] == ["launches", "host us", "device us"]
     line = ["AdamW", "fusedopt", "same", "1.00", "0.900", "1.20", "0.000931", "30,065", "80",
             "4.00x", "3.00x", "5.00x", "1.0", "2", "41.5", "1,000"]  # fmt: skip
@@ -89,7 +89,7 @@ def test_every_way_to_write_a_table_has_the_same_cells(capsys):
     Run().show([table])
     said = capsys.readouterr().out
     assert all(cell in said for cell in line)
-    assert [style for _, style in tables.step_table(measured("many", 1)).lines] == [
+    assert [style for _, style in step_tables.step_table(measured("many", 1)).lines] == [
         "", "bad", "ours", "",
     ]  # fmt: skip
 
