@@ -237,11 +237,12 @@ def run_parity(parser: Parser, options: Options, run: Any) -> int:
     if chosen and not options.providers:
         chosen.insert(0, ("torch default", chosen[0][1], getattr(torch.optim, chosen[0][1])))
     else:
-        for who in [name for name in named_providers(parser, options) if name != FLOOR]:
-            provider = PROVIDERS[who]
-            able = [name for name in options.optimizers
-                    if not provider.unavailable(name, device=options.device)]  # fmt: skip
-            chosen += [(provider.title, name, partial(provider.optimizer, name)) for name in able]
+        chosen += [
+            (PROVIDERS[who].title, name, partial(PROVIDERS[who].optimizer, name))
+            for who in named_providers(parser, options)
+            for name in options.optimizers
+            if who != FLOOR and not PROVIDERS[who].unavailable(name, device=options.device)
+        ]
 
     def measured(advance: timing.Advance) -> Iterator[list[Row]]:
         for who, name, make in chosen:

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fusedopt
 
 from . import floor, optimizers
-from .providers import PROVIDERS, Provider, parameters_with
+from .providers import PROVIDERS, parameters_with
 from .rows import CANDIDATE, FLOOR
 from .step import make_gradients
 from .timing import Entrant, Step, Task
@@ -137,10 +137,6 @@ class Chained:
         columns = {"bytes": sum(moved.values()), "stages": moved, "torch_step": self.torchs.title}
         return Entrant(call, restore, columns=columns, parameters=made, **others)
 
-    def optimizer(self, provider: Provider, made: Sequence[torch.nn.Parameter], **own: Any) -> Any:
-        """A provider's optimizer over `made`, set as in the step job."""
-        return provider.stepping(self.name, made, self.work.grouped, **own)
-
     def scaler(self, kind: type[torch.amp.GradScaler]) -> torch.amp.GradScaler:
         """A scaler that has scaled a loss."""
         scaler = kind(self.device, init_scale=SCALE)
@@ -150,7 +146,8 @@ class Chained:
     def torch_chain(self) -> Entrant:
         """Torch's own, each stage in its fastest form."""
         made = parameters_with(self.gradients, SCALE)
-        optimizer, scaler = self.optimizer(self.torchs, made), self.scaler(torch.amp.GradScaler)
+        optimizer = self.torchs.stepping(self.name, made, self.work.grouped)
+        scaler = self.scaler(torch.amp.GradScaler)
 
         def step() -> None:
             scaler.step(optimizer)
@@ -179,8 +176,8 @@ class Chained:
     def fused_call(self) -> Entrant:
         """Fusedopt's step with the options that do the same."""
         made, free = parameters_with(self.gradients, SCALE), self.chain.set_to_none
-        optimizer = self.optimizer(
-            PROVIDERS[CANDIDATE], made, max_grad_norm=MAX_NORM, zero_grads=not free,
+        optimizer = PROVIDERS[CANDIDATE].stepping(
+            self.name, made, self.work.grouped, max_grad_norm=MAX_NORM, zero_grads=not free,
             ema_decay=EMA_DECAY if self.chain.averages else None,
         )  # fmt: skip
         scaler = self.scaler(fusedopt.GradScaler)

@@ -9,6 +9,8 @@ from .providers import title_of
 from .rows import BEST, CANDIDATE, FLOOR, Row, label
 from .tables import (
     KIND,
+    MS,
+    OF_FLOOR,
     OPTIMIZER,
     PROVIDER,
     WORKLOAD,
@@ -18,22 +20,20 @@ from .tables import (
     by_provider,
     column,
     is_ours,
-    milliseconds,
     nanoseconds,
     of_group,
-    percent_of_floor,
     table,
     times,
 )
 from .workloads import SWEEP, WORKLOADS, binary
 
 STEP = [
-    ("ms", milliseconds),
+    MS,
     column("p20", "p20"),
     column("p80", "p80"),
     ("ns/ param.", nanoseconds),
     ("GB/s", bandwidth),
-    ("% of floor", percent_of_floor),
+    OF_FLOOR,
     *(
         (head, lambda row, key=key: None if row["provider"] == FLOOR else times(row.get(key)))
         for head, key in (("times faster", "faster"), ("p20", "faster_p20"), ("p80", "faster_p80"))
@@ -103,7 +103,7 @@ def change_table(changes: Sequence[Row]) -> Table:
         "machine's own speed then cancels.",
         changes,
         [WORKLOAD, OPTIMIZER, PROVIDER],
-        [column("ms before", "ms_before"), ("ms now", milliseconds),
+        [column("ms before", "ms_before"), column("ms now", "ms"),
          column("speed", "faster", times),
          ("in units of", lambda row: "floor" if row["by_floor"] else "time")],
         lambda row: "good" if row["faster"] >= 1.05 else "bad" if row["faster"] <= 0.95 else "",
@@ -125,8 +125,8 @@ def front_table(rows: Sequence[Row]) -> Table:
     ]
     return table(
         "", shown, KIND,
-        [*(of_group(name, milliseconds, title_of(name)) for name in FRONT_PROVIDERS),
-         of_group(CANDIDATE, percent_of_floor, "% of floor"),
+        [*(of_group(name, MS[1], title_of(name)) for name in FRONT_PROVIDERS),
+         of_group(CANDIDATE, OF_FLOOR[1], OF_FLOOR[0]),
          of_group(CANDIDATE, column("", "faster", "{:.1f}")[1], "best torch / fusedopt"),
          of_group(CANDIDATE, results.source, "machine, versions, date")],
     )  # fmt: skip

@@ -97,15 +97,8 @@ def of_group(key: Any, cell: Callable[[Row], str | None], head: str) -> Column:
     return head, lambda told: cell(told[key]) if key in told else None
 
 
-def percent_of_floor(row: Row) -> str | None:
-    """100 is memory speed."""
-    share = row.get("floor_share")
-    return None if share is None else f"{100 * share:.0f}"
-
-
-def milliseconds(row: Row) -> str | None:
-    """Of a step."""
-    return number(row["ms"])
+MS = column("ms", "ms")
+OF_FLOOR = column("% of floor", "floor_share", lambda share: f"{100 * share:.0f}")
 
 
 def nanoseconds(row: Row) -> str | None:
