@@ -197,6 +197,37 @@ def test_buffers_are_not_reused_behind_lazy_copies_or_other_processes():
     assert not third.is_shared()
 
 
+def freed(*sizes, dtype=None):
+    tensor = torch.ones(*sizes, dtype=dtype)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("arguments", [
+    ([], None, 0, 0), ([torch.ones(3, device="meta")], None, 0, 1), ([torch.tensor(1)], None, 0, 1),
+    ([freed(4, 2)], None, 0, 4), ([torch.eye(3).to_sparse()], None, 0, 1),
+    ([torch.ones(3), torch.ones(2)], None, 0, 3), ([torch.ones(2, 3, 4).mT], None, 0, 2),
+    *(([torch.ones(4)], index, 0, 1) for index in (
+        torch.ones(1), torch.ones(1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int64),
+        torch.arange(4)[::2], torch.arange(4, device="meta"), freed(4, dtype=torch.int64))),
+    *(([torch.ones(4)], index, first, count) for index in (None, torch.arange(4))
+      for first, count in ((-1, 1), (0, 5), (4, 1), (0, -1), (5, 0), (2**62, 2**62))),
+])  # fmt: skip
+def test_a_ring_checks_what_it_reads(arguments):
+    ring = _C.Ring(2, False)
+    with pytest.raises(ValueError, match=r"sources: |index: |first, count: "):
+        ring.gather(*arguments)
+    with pytest.raises(ValueError, match="tensors: "):
+        ring.copy([freed(3)])
+
+
+def test_a_freed_tensor_is_an_error_at_its_batch():
+    loader = TensorLoader(tensor := torch.ones(4, 2))
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="has a storage been freed"):
+        next(iter(loader))
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 #include "data/ring.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -23,6 +24,44 @@ namespace py = pybind11;
   throw py::index_error("index " + std::to_string(index) + " at position " +
                         std::to_string(position) + " of a batch is out of range for " +
                         std::to_string(rows) + " rows; wanted: 0 to " + std::to_string(rows - 1));
+}
+
+// Whether a tensor's values are in host memory, all of them: a storage may have been freed.
+bool in_memory(const at::Tensor& tensor) {
+  return tensor.device().is_cpu() && tensor.layout() == at::kStrided && tensor.has_storage() &&
+         at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(),
+                                          static_cast<size_t>(tensor.storage_offset())) <=
+             tensor.storage().nbytes();
+}
+
+bool has_contiguous_rows(const at::Tensor& source) {
+  int64_t stride = 1;
+  for (int64_t d = source.dim(); d-- > 1; stride *= source.size(d)) {
+    if (source.size(d) != 1 && source.stride(d) != stride) return source.numel() == 0;
+  }
+  return true;
+}
+
+// The gather reads memory by these numbers, so they are checked, whoever calls it.
+void check_gather(const std::vector<at::Tensor>& sources, const at::Tensor& index, int64_t first,
+                  int64_t count) {
+  if (sources.empty()) throw py::value_error("sources: got none");
+  for (const at::Tensor& source : sources) {
+    if (!in_memory(source) || source.dim() == 0 || source.size(0) != sources[0].size(0) ||
+        !has_contiguous_rows(source)) {
+      throw py::value_error(
+          "sources: wanted dense tensors in host memory, with as many rows each, "
+          "whose rows are contiguous; has a storage been freed?");
+    }
+  }
+  if (index.defined() && (!in_memory(index) || index.scalar_type() != at::kLong ||
+                          index.dim() != 1 || !index.is_contiguous())) {
+    throw py::value_error("index: wanted a contiguous int64 vector in host memory");
+  }
+  const int64_t most = index.defined() ? index.size(0) : sources[0].size(0);
+  if (first < 0 || count < 0 || first > most || count > most - first) {
+    throw py::value_error("first, count: wanted rows that are there");
+  }
 }
 
 }  // namespace
@@ -78,7 +117,8 @@ at::Tensor Ring::take(size_t leaf, const at::Tensor& like, at::IntArrayRef sizes
 
 std::vector<at::Tensor> Ring::gather(const std::vector<at::Tensor>& sources,
                                      const at::Tensor& index, int64_t first, int64_t count) {
-  const int64_t rows = sources.at(0).size(0);
+  check_gather(sources, index, first, count);
+  const int64_t rows = sources[0].size(0);
   const int64_t* indices = index.defined() ? index.const_data_ptr<int64_t>() + first : nullptr;
   if (indices != nullptr) {
     const int64_t outside = first_outside(indices, count, rows);
@@ -114,6 +154,7 @@ std::vector<at::Tensor> Ring::copy(const std::vector<at::Tensor>& tensors) {
   std::vector<at::Tensor> copies;
   for (size_t leaf = 0; leaf < tensors.size(); ++leaf) {
     const at::Tensor& tensor = tensors[leaf];
+    if (!in_memory(tensor)) throw py::value_error("tensors: wanted dense ones, in host memory");
     const auto strides = at::infer_dense_strides(tensor.sizes(), tensor.strides());
     copies.push_back(take(leaf, tensor, tensor.sizes(), strides));
   }
