@@ -246,7 +246,7 @@ class FusedOptimizer(AccumulationMixin):
         if self._extras is not None:
             self._extras.complete(self._params(), state_dict["state"])
         for number, state in state_dict["state"].items():
-            if self._private_names & state.keys():
+            if isinstance(state, dict) and self._private_names & state.keys():
                 saved = {n: value for n, value in state.items() if n not in self._private_names}
                 state_dict["state"][number] = saved
         return state_dict
