@@ -372,3 +372,15 @@ REFILLED = {
 def test_a_source_may_use_its_memory_again(way, source):
     expected = [told(batch) for batch in map(copy.deepcopy, source())]
     assert [told(batch) for batch in list(way(source()))] == expected
+
+
+class Copies(list):
+    """A loader that copies itself in its own way."""
+
+    def __deepcopy__(self, memo):
+        return Copies(["copied"])
+
+
+def test_a_copy_of_a_prefetcher_is_one():
+    assert list(copy.deepcopy(to_cpu(Copies([1])))) == ["copied"]
+    assert type(copy.deepcopy(to_cpu(Copies()))) is type(to_cpu([]))
