@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from fusedopt.optimizer import FusedOptimizer
 
 
 class _HeavyBall(torch.optim.Optimizer):
-    """Its constructor, which for a rule that torch has would be torch.optim's."""
+    """In plain torch: what torch.optim's class is for a rule that torch has."""
 
     def __init__(
         self, params: Iterable[torch.Tensor], lr: float = 1e-3, momentum: float = 0.9
@@ -20,6 +21,20 @@ class _HeavyBall(torch.optim.Optimizer):
         if not 0 <= momentum < 1:
             raise ValueError(f"Invalid momentum value: {momentum}, wanted: 0 to below 1")
         super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps the parameters that kernels cannot update, and is what tests compare with."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in (p for p in group["params"] if p.grad is not None):
+                buffer = self.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
+                buffer.mul_(group["momentum"]).add_(group["lr"] * param.grad)
+                param.sub_(buffer)
+        return loss
 
 
 class HeavyBall(FusedOptimizer, _HeavyBall, rule="heavy_ball"):
