@@ -17,12 +17,20 @@ void check(device::Status status) {
   if (status != nullptr) throw std::runtime_error(std::string("the kernels' device: ") + status);
 }
 
+}  // namespace
+
+at::Tensor moved(const at::Tensor& tensor, c10::Device device, at::ScalarType dtype) {
+  return tensor.to(device, dtype, /*non_blocking=*/!device.is_cpu());
+}
+
+namespace {
+
 // `tensor` as a number that kernels on `device` can read.
 device::DeviceNumber device_number(const at::Tensor& tensor, c10::Device device,
                                    std::vector<at::Tensor>& kept) {
   at::Tensor here = tensor;
   if (here.device() != device || (here.dtype() != at::kFloat && here.dtype() != at::kDouble)) {
-    here = tensor.to(device, at::kDouble, /*non_blocking=*/true);
+    here = moved(tensor, device, at::kDouble);
   }
   kept.push_back(here);
   return device::number_at(const_cast<void*>(here.const_data_ptr()), here.dtype() == at::kDouble);
@@ -114,7 +122,7 @@ device::DeviceHyper device_hyper(const GroupValues& values, c10::Device device,
 const float* amp_number(const at::Tensor& tensor, c10::Device device,
                         std::vector<at::Tensor>& kept) {
   if (!tensor.defined()) return nullptr;
-  kept.push_back(tensor.to(device, at::kFloat, /*non_blocking=*/true));
+  kept.push_back(moved(tensor, device, at::kFloat));
   return static_cast<const float*>(kept.back().const_data_ptr());
 }
 

@@ -47,6 +47,10 @@ struct GroupFlags {
 };
 GroupFlags group_flags(const RuleInfo& rule, const GroupValues& values);
 
+// The tensor's numbers on another device, in stream order there. On the host, which reads them at once,
+// they are there when this returns: a copy that does not wait goes to pinned memory, which torch fills later.
+at::Tensor moved(const at::Tensor& tensor, c10::Device device, at::ScalarType dtype);
+
 // A group's hyperparameters for kernels on `device`; what has to be moved there goes to `kept`.
 device::DeviceHyper device_hyper(const GroupValues& values, c10::Device device,
                                  std::vector<at::Tensor>& kept);

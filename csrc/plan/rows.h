@@ -61,8 +61,7 @@ struct HostRow {
   bool copy_on_write = false;
   StepMemory::Member* member = nullptr;  // null without a memory
   int segment = 0;                       // of the sums of its device's norm
-
-  int slot = 0;  // place of its SlotKey
+  int slot = 0;                          // place of its SlotKey
 
   bool has(int role) const { return ((roles >> role) & 1) != 0; }
   bool has_scalar(int k) const { return has(kScalar + k); }

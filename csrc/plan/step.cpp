@@ -269,7 +269,7 @@ DecisionInputs StepPlan::inputs_for(const NormDomain& domain, const StepRequest&
   inputs.weight = request.weight;
   inputs.grads = flushes ? 0 : 1;
   if (request.live_weight.defined()) {
-    kept.push_back(request.live_weight.to(domain.device, at::kDouble, /*non_blocking=*/true));
+    kept.push_back(moved(request.live_weight, domain.device, at::kDouble));
     inputs.live_weight = static_cast<const double*>(kept.back().const_data_ptr());
   }
   inputs.grad_scale = amp_number(request.amp.grad_scale, domain.device, kept);
@@ -369,7 +369,9 @@ void StepPlan::decide_apart(std::vector<DeviceLaunch>& launches,
   for (size_t d = 0; d < domains_.size(); ++d) {
     const NormDomain& domain = domains_[d];
     std::vector<at::Tensor> here;
-    for (const at::Tensor& total : totals) here.push_back(total.to(domain.device, true));
+    for (const at::Tensor& total : totals) {
+      here.push_back(moved(total, domain.device, at::kDouble));
+    }
     const at::Tensor all = at::cat(here);
     StepDecision* decision = decision_at(rows_.memory->decision(domain.device));
     if (domain.launcher == nullptr) {
