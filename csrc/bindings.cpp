@@ -91,10 +91,11 @@ py::object wrap(const at::Tensor& tensor) {
 
 void bind_memory(py::module_& m) {
   py::class_<StepOptions>(m, "StepOptions")
-      .def(py::init<double, bool, bool, double, bool, bool, bool, bool>(), py::kw_only(),
+      .def(py::init<double, bool, bool, double, bool, bool, bool, bool, bool>(), py::kw_only(),
            py::arg("max_norm") = -1.0, py::arg("measures") = false, py::arg("check") = false,
            py::arg("ema_decay") = -1.0, py::arg("zero_grads") = false,
-           py::arg("accumulates") = false, py::arg("mean") = true, py::arg("scaled") = false)
+           py::arg("accumulates") = false, py::arg("mean") = true, py::arg("scaled") = false,
+           py::arg("shared") = false)
       .def_readonly("measures", &StepOptions::measures)
       .def_readonly("check", &StepOptions::check)
       .def_readonly("accumulates", &StepOptions::accumulates)
@@ -105,6 +106,7 @@ void bind_memory(py::module_& m) {
       .def(py::init<py::object>(), py::arg("reduce"))
       .def_property(
           "options", [](const StepMemory& self) { return self.options; }, &StepMemory::set_options)
+      .def_readwrite("reduce", &StepMemory::reduce)
       .def("has_accumulated",
            [](StepMemory& self, py::handle p) { return self.member(p.ptr()).has_accumulated; })
       .def("remember",

@@ -73,7 +73,7 @@ class AccumulationMixin(StepOptionsMixin):
                 "step() alone"
             )
         check_no_framework_accumulates()
-        if all(param.grad is None for param in self._params()):
+        if not self._options.norm_group and all(p.grad is None for p in self._params()):
             raise RuntimeError(
                 "accumulate() found no gradient: call it once after every backward(), before "
                 "zero_grad(); nothing was counted"

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+# Modules that step an optimizer of a share of the parameters, or of flat pieces of them.
+_SHARDING = {
+    "torch.distributed.optim.zero_redundancy_optimizer": "ZeroRedundancyOptimizer",
+    "deepspeed.runtime": "DeepSpeed",
+    "fairscale.optim.oss": "FairScale's OSS",
+}
 
 
 def check_no_framework_accumulates(closure: Callable[[], Any] | None = None) -> None:
@@ -31,6 +41,30 @@ def check_no_framework_accumulates(closure: Callable[[], Any] | None = None) -> 
                 steps = argument.trainer.accumulate_grad_batches
                 if steps > 1:
                     raise _twice("Lightning", f"accumulate_grad_batches={steps}")
+
+
+def check_no_shards(params: Iterable[Tensor]) -> None:
+    """Raises RuntimeError if it can be seen that other ranks have other parts of the gradients.
+
+    FSDP1 marks its parameters; who hands out whole parameters is known by its calls.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    who = ""
+    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+        who = "FullyShardedDataParallel"
+    frame = sys._getframe()
+    while frame is not None and not who:
+        module = frame.f_globals.get("__name__", "")
+        who = next((name for prefix, name in _SHARDING.items() if module.startswith(prefix)), "")
+        frame = frame.f_back  # type: ignore[assignment]
+    if who:
+        raise RuntimeError(
+            f"max_grad_norm, skip_nonfinite and fusedopt.GradScaler under {who}, whose ranks hold "
+            "different parts of the gradients as plain tensors: every rank would clip and skip by "
+            "its own part. Set the optimizer's norm_group to the process group of the shards, or "
+            "to [] where every rank has everything (NO_SHARD). Nothing was changed"
+        )
 
 
 def _twice(who: str, option: str) -> RuntimeError:

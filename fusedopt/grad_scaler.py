@@ -44,7 +44,10 @@ class GradScaler(torch.amp.GradScaler):
             return super().step(optimizer, *args, **kwargs)
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is not OptState.READY or "closure" in kwargs or args:
-            return super().step(optimizer, *args, **kwargs)
+            loss = super().step(optimizer, *args, **kwargs)
+            if optimizer.norm_group:  # unscale_() has asked this rank's gradients alone
+                self._note(optimizer)
+            return loss
         self._hand_over(optimizer, lambda: optimizer.step(**kwargs))
         state["stage"] = OptState.STEPPED
         return None
@@ -73,10 +76,13 @@ class GradScaler(torch.amp.GradScaler):
             call()
         finally:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        if extras.flushed:
-            return  # of accumulators alone, whose micro-batches have been asked about
-        found = self._per_optimizer_states[id(given)]["found_inf_per_device"]
-        for found_inf in extras.left_out():
+        if not extras.flushed:  # of accumulators alone, whose micro-batches have been asked about
+            self._note(given)
+
+    def _note(self, optimizer: FusedOptimizer) -> None:
+        """Remembers what the optimizer has found."""
+        found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        for found_inf in fused_optimizer(optimizer, "step()")._need_extras().left_out():
             before = found.get(found_inf.device)
             both = found_inf if before is None else torch.maximum(before, found_inf)
             found[found_inf.device] = both

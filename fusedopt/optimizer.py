@@ -62,6 +62,10 @@ class FusedOptimizer(AccumulationMixin):
         accumulation_reduction: "sum" where losses are divided by the number of micro-batches.
         accumulation_dtype: torch.float32 makes accumulators with the rest of the state; None when
             they are needed.
+        norm_group: The process group, or list of groups, over which ranks hold different parts of
+            the model as plain tensors: pipeline stages, shards of FSDP1 or ZeRO. Norms are those of
+            all, and finite checks and skips are decided together, so all of their ranks must step.
+            DTensors are counted once and need none. ``[]`` says that this rank has everything.
 
     None of these needs a pass of its own over the parameters, or waits for a device. They are for
     all parameters of the optimizer: one that torch.optim must step raises. Each is an attribute,
@@ -120,6 +124,7 @@ class FusedOptimizer(AccumulationMixin):
         accumulation_steps: int = 1,
         accumulation_reduction: str = "mean",
         accumulation_dtype: torch.dtype | None = None,
+        norm_group: Any = None,
         **kwargs: Any,
     ) -> None:
         self._options = Options(
@@ -132,6 +137,7 @@ class FusedOptimizer(AccumulationMixin):
             accumulation_steps,
             accumulation_reduction,
             accumulation_dtype,
+            norm_group,
         )
         self._forget()
         super().__init__(*args, **kwargs)
@@ -147,6 +153,7 @@ class FusedOptimizer(AccumulationMixin):
         self._in_backward = None
         # None as long as a step is an update and nothing else.
         self._extras = self._memory = None
+        self._take_scale()
         if self._options.needed:
             self._need_extras()
 
@@ -167,6 +174,8 @@ class FusedOptimizer(AccumulationMixin):
                 loss = closure()
         if self._in_backward is not None and self._in_backward.took_step():
             return loss
+        if self._options.norm_group:
+            self._check_scaler()
         if self._extras is None:
             self._take()
         else:

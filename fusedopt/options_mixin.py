@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import distributed
 from fusedopt.planned_steps import PlannedSteps
 from fusedopt.step_extras import StepExtras
 from fusedopt.wrappers import on_the_optimizer
@@ -46,12 +45,13 @@ class StepOptionsMixin(PlannedSteps):
     accumulation_steps = _Option("Calls of `step` that make one update. To set between windows.")
     accumulation_reduction = _Option("'mean' or 'sum' of a window's gradients.")
     accumulation_dtype = _Option("torch.float32 makes accumulators with the rest of the state.")
+    norm_group = _Option("Process groups that norms, checks and skips are decided over, or None.")
 
     def _need_extras(self) -> StepExtras:
         return self._extras if self._extras is not None else self._adopt_extras()
 
     def _adopt_extras(self) -> StepExtras:
-        self._extras = extras = StepExtras(self._options, distributed.add_up_shards)
+        self._extras = extras = StepExtras(self._options)
         self._memory = extras.core
         return extras
 
@@ -69,8 +69,33 @@ class StepOptionsMixin(PlannedSteps):
         if (options.backend, options.state_dtype) != (before.backend, before.state_dtype):
             self._packed = None
             self._cast_states()
+        if options.norm_group != before.norm_group:
+            self._packed = None  # a plan is made where it is seen who needs one
+            self._take_scale()
         if self._extras is not None or options.needed:
             self._need_extras().adopt(options)
+
+    def _take_scale(self) -> None:
+        """Has torch's GradScaler call all steps, for which the ranks of a group wait."""
+        if self._options.norm_group:
+            self.__dict__["_step_supports_amp_scaling"] = True
+
+    def _check_scaler(self) -> None:
+        """Has all ranks find what one has found, where torch's GradScaler steps an optimizer.
+
+        Raises:
+            RuntimeError: the scaler has asked this rank's gradients alone, and changes its scale
+                accordingly.
+        """
+        if self.__dict__.get("found_inf") is None:
+            return
+        if self.__dict__.get("grad_scale") is not None:
+            raise RuntimeError(
+                "torch's GradScaler decides on every rank alone, and norm_group on all of them "
+                "together: use fusedopt.GradScaler; ShardedGradScaler works after "
+                "scaler.unscale_(optimizer). Nothing was changed"
+            )
+        self._need_extras().adopt(self._options, check=True)
 
     # ---- What a step found out -----------------------------------------------------------------
 

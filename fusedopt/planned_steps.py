@@ -12,6 +12,7 @@ from torch import Tensor
 from fusedopt import distributed
 from fusedopt._extension import _C
 from fusedopt.backends import BACKENDS, Backend, backend_for
+from fusedopt.framework_checks import check_no_shards
 from fusedopt.packing import NewState, Packed, torch_step
 from fusedopt.routing import Member, Route, Sorted, Wanted, describe, routes, sort
 from fusedopt.step_extras import ENTRIES, WINDOW, Options, StepExtras
@@ -57,7 +58,7 @@ class PlannedSteps(Wrappable):
         own = self.__dict__
         scaled = "grad_scale" in own or "found_inf" in own
         if scaled and self._memory is None:
-            self._memory = _C.StepMemory(distributed.add_up_shards)
+            self._memory = _C.StepMemory(partial(distributed.add_up_shards, ()))
             self._memory.options = _C.StepOptions(scaled=True)
         packed = self._packed
         if (
@@ -140,6 +141,9 @@ class PlannedSteps(Wrappable):
             if not isinstance(group["params"], list):  # set by hand; torch takes any iterable
                 group["params"] = list(group["params"])
         extras, members = self._extras, self._sort()
+        alone = self._options.norm_group is None
+        if alone and extras is not None and extras.core.options.measures:
+            check_no_shards(self._params())
         for member in members.torch:
             self._check_torch(member)
 

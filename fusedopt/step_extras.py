@@ -6,8 +6,9 @@ An optimizer whose step does none of this has no `StepExtras`, and its step is t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fusedopt._extension import _C
 from fusedopt.backends import check_backend
+from fusedopt.distributed import add_up_shards, check_groups
 
 State = dict[Tensor, dict[str, Any]]
 
@@ -59,6 +61,7 @@ class Options:
     accumulation_steps: int = 1
     accumulation_reduction: str = "mean"
     accumulation_dtype: torch.dtype | None = None
+    norm_group: Any = None  # a tuple of process groups, whatever it was given as, or None
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -98,6 +101,20 @@ class Options:
                 "(the same, made when first needed): narrower sums lose gradients; those of "
                 "float64 parameters are float64"
             )
+        if self.norm_group is not None:
+            object.__setattr__(self, "norm_group", check_groups(self.norm_group))
+
+    def __deepcopy__(self, memo: Any) -> Options:
+        return self  # nothing changes it, and process groups have no copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.norm_group:
+            raise TypeError(
+                "an optimizer with norm_group cannot be pickled: its process groups are those of "
+                "this process. Save its state_dict(), or set norm_group = None before and again "
+                "where it is loaded"
+            )
+        return self.__dict__
 
     @property
     def asked(self) -> list[str]:
@@ -112,7 +129,7 @@ class Options:
     @property
     def needed(self) -> bool:
         """Whether a step is more than an update."""
-        return bool(replace(self, accumulation_reduction="mean").asked)
+        return bool(replace(self, accumulation_reduction="mean", norm_group=None).asked)
 
 
 def _is_number(value: object) -> bool:
@@ -154,11 +171,10 @@ class StepExtras:
 
     Args:
         options: What the optimizer was asked for.
-        reduce: Adds up rows of sums over ranks; see `fusedopt.distributed.add_up_shards`.
     """
 
-    def __init__(self, options: Options, reduce: Callable[[list[Any], Tensor], None]) -> None:
-        self.core = _C.StepMemory(reduce)
+    def __init__(self, options: Options) -> None:
+        self.core = _C.StepMemory(partial(add_up_shards, ()))
         self.micro_batches = 0
         self.group: Any = None
         self.block: Any = None
@@ -193,7 +209,9 @@ class StepExtras:
             zero_grads=options.zero_grads,
             accumulates=accumulates or options.accumulation_dtype is not None,
             mean=options.accumulation_reduction == "mean",
+            shared=bool(options.norm_group),
         )
+        self.core.reduce = partial(add_up_shards, options.norm_group or ())
 
     # ---- What is in a parameter's state -------------------------------------------------------
 

@@ -582,3 +582,12 @@ def test_a_sparse_gradient_cannot_be_accumulated():
         optimizer.accumulate()
     assert (param == 1).all()
     assert math.isclose(param.grad.to_dense().sum().item(), 8.0)
+
+
+def test_a_window_without_gradients_leaves_no_weight_behind():
+    param = torch.nn.Parameter(torch.zeros(1))
+    optimizer = fusedopt.SGD([param], lr=1.0, accumulation_steps=2)
+    for grad in (None, None, 1.0, 3.0):
+        param.grad = None if grad is None else torch.tensor([grad])
+        optimizer.step()
+    assert param.item() == -2.0

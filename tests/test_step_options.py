@@ -577,6 +577,7 @@ SETTINGS = {
     "accumulation_steps": (1, 2),
     "accumulation_reduction": ("mean", "sum"),
     "accumulation_dtype": (None, torch.float32),
+    "norm_group": (None, ()),  # test_norm_group.py has groups
 }
 
 

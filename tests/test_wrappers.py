@@ -180,6 +180,7 @@ VALUES = {
     "accumulation_steps": 3,
     "accumulation_reduction": "sum",
     "accumulation_dtype": torch.float32,
+    "norm_group": (),
 }
 SCENARIOS = {
     "step": steps,

@@ -49,9 +49,16 @@ bool is_constant(PyObject* value) {
 }
 
 // What optimizers take once for all their groups: the fields of Options in Python.
-constexpr const char* kOptions[] = {
-    "backend",    "state_dtype",        "max_grad_norm",          "skip_nonfinite",    "ema_decay",
-    "zero_grads", "accumulation_steps", "accumulation_reduction", "accumulation_dtype"};
+constexpr const char* kOptions[] = {"backend",
+                                    "state_dtype",
+                                    "max_grad_norm",
+                                    "skip_nonfinite",
+                                    "ema_decay",
+                                    "zero_grads",
+                                    "accumulation_steps",
+                                    "accumulation_reduction",
+                                    "accumulation_dtype",
+                                    "norm_group"};
 
 bool truth(PyObject* value) {
   if (value == Py_False || value == Py_None) return false;

@@ -1,6 +1,7 @@
 #include "plan/memory.h"
 
 #include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <cstring>
 
@@ -32,8 +33,21 @@ void set_decay(StepDecision& decision, double decay) {
 
 }  // namespace
 
-template <typename Change>
-void StepMemory::change_decisions(const Change& change) {
+std::vector<at::Tensor> StepMemory::add_up(const std::vector<py::list>& specs,
+                                           const std::vector<at::Tensor>& sums) const {
+  py::list by_device, rows;
+  for (const py::list& list : specs) by_device.append(list);
+  for (const at::Tensor& tensor : sums) {
+    rows.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor)));
+  }
+  std::vector<at::Tensor> reduced;
+  for (const py::handle tensor : reduce(by_device, rows)) {
+    reduced.push_back(THPVariable_Unpack(tensor.ptr()));
+  }
+  return reduced;
+}
+
+void StepMemory::change_decisions(const std::function<void(StepDecision&)>& change) {
   for (const auto& [device, tensor] : decisions_) {
     StepDecision decision = read(tensor);
     change(decision);

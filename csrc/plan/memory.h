@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <functional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -29,6 +30,7 @@ struct StepOptions {
   bool mean = true;  // a window's gradient is divided by its weight
   // Gradients come scaled by GradScaler: steps may not take place, and unscale them for good.
   bool scaled = false;
+  bool shared = false;  // sums meet those of other ranks, even if this one has no gradient
 
   bool averages() const { return ema_decay >= 0.0; }
   // Whether a device may decide that a step does not take place, so that only it can count steps.
@@ -45,12 +47,14 @@ class StepMemory {
     uint32_t zeroed_version = 0;
   };
 
-  // `reduce` is called with the specs of DTensors and with as many rows of sums, which it adds up
-  // over the ranks.
+  // `reduce` is called with the sums of each device, a row for each of the specs that DTensors have
+  // there, and returns sums over the ranks, whose rows come to the total.
   explicit StepMemory(py::object reduce) : reduce(std::move(reduce)) {}
 
   StepOptions options;  // written by `set_options` alone
   py::object reduce;
+  std::vector<at::Tensor> add_up(const std::vector<py::list>& specs,
+                                 const std::vector<at::Tensor>& sums) const;
 
   // Takes effect with the next step; waits for the devices if parameters are averaged otherwise.
   void set_options(const StepOptions& now);
@@ -72,11 +76,10 @@ class StepMemory {
   double window_weight() const;
   void set_window_weight(double weight);
 
- private:
   // Changes the decisions of all devices, in the order of their current streams.
-  template <typename Change>
-  void change_decisions(const Change& change);
+  void change_decisions(const std::function<void(StepDecision&)>& change);
 
+ private:
   std::unordered_map<PyObject*, Member> members_;
   std::vector<std::pair<c10::Device, at::Tensor>> decisions_;
   double first_weight_ = 0.0;  // of the window, until there is a decision

@@ -85,6 +85,7 @@ class StepPlan {
 
   bool launch(const StepRequest& request);
   bool end_without_rows(const StepRequest& request);
+  void decide_without_rows(const StepRequest& request);
   Epilogue epilogue_for(const StepRequest& request, const StepDecision* decision) const;
   void settle_rows();
   int slot_for(TablePlan& plan, const HostRow& host) const;
@@ -94,8 +95,9 @@ class StepPlan {
   DeviceNumbers device_numbers(const TablePlan& plan) const;
   void upload(std::vector<DeviceLaunch>& launches);
 
-  DecisionInputs inputs_for(const NormDomain& domain, const StepRequest& request,
+  DecisionInputs inputs_for(c10::Device device, const StepRequest& request,
                             std::vector<at::Tensor>& kept) const;
+  bool needs_sums(Purpose purpose) const;
   void decide_all(std::vector<DeviceLaunch>& launches,
                   const std::vector<DecisionInputs>& all_inputs);
   void decide_apart(std::vector<DeviceLaunch>& launches,

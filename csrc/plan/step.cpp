@@ -48,7 +48,7 @@ bool StepPlan::launch(const StepRequest& request) {
   std::vector<at::Tensor> kept;
   std::vector<DecisionInputs> all_inputs;
   for (const NormDomain& domain : domains_) {
-    all_inputs.push_back(inputs_for(domain, request, kept));
+    all_inputs.push_back(inputs_for(domain.device, request, kept));
     kept.push_back(memory->decision(domain.device));
     kept.push_back(domain.blocks);
   }
@@ -111,12 +111,33 @@ Epilogue StepPlan::epilogue_for(const StepRequest& request, const StepDecision* 
   return epilogue;
 }
 
-// A micro-batch without gradients counts all the same.
+// A micro-batch without gradients counts all the same, and ends its window.
 bool StepPlan::end_without_rows(const StepRequest& request) {
-  if (request.purpose == Purpose::kAccumulate && !request.follows) {
-    rows_.memory->set_window_weight(rows_.memory->window_weight() + request.weight);
+  StepMemory* memory = rows_.memory.get();
+  if (memory == nullptr || request.follows) return true;
+  if (memory->options.shared && needs_sums(request.purpose)) {
+    decide_without_rows(request);
+  } else if (request.purpose == Purpose::kAccumulate) {
+    memory->set_window_weight(memory->window_weight() + request.weight);
+  } else if (closes(request.purpose)) {
+    memory->set_window_weight(0.0);
   }
   return true;
+}
+
+// What the other ranks' gradients decide, on a rank that has none.
+void StepPlan::decide_without_rows(const StepRequest& request) {
+  std::vector<at::Tensor> kept;
+  const DecisionInputs inputs = inputs_for(at::kCPU, request, kept);
+  const at::Tensor none = at::zeros({1, 2}, at::TensorOptions(at::kDouble));
+  py::list specs;
+  specs.append(py::none());
+  const at::Tensor total = at::cat(rows_.memory->add_up({specs}, {none})).cpu();
+  const NormSums sums = sum_blocks(sums_at(total), total.size(0));
+  const c10::Device device =
+      rows_.idle.empty() ? at::kCPU : THPVariable_Unpack(rows_.idle.front()).device();
+  if (rows_.memory->decisions().empty()) rows_.memory->decision(device);
+  rows_.memory->change_decisions([&](StepDecision& decision) { decide(inputs, sums, decision); });
 }
 
 // ---- Rows --------------------------------------------------------------------------------------
@@ -257,7 +278,7 @@ void StepPlan::upload(std::vector<DeviceLaunch>& launches) {
 
 // ---- Decisions ---------------------------------------------------------------------------------
 
-DecisionInputs StepPlan::inputs_for(const NormDomain& domain, const StepRequest& request,
+DecisionInputs StepPlan::inputs_for(c10::Device device, const StepRequest& request,
                                     std::vector<at::Tensor>& kept) const {
   const StepOptions& options = rows_.memory->options;
   const bool flushes = request.purpose == Purpose::kFlush;
@@ -269,11 +290,11 @@ DecisionInputs StepPlan::inputs_for(const NormDomain& domain, const StepRequest&
   inputs.weight = request.weight;
   inputs.grads = flushes ? 0 : 1;
   if (request.live_weight.defined()) {
-    kept.push_back(moved(request.live_weight, domain.device, at::kDouble));
+    kept.push_back(moved(request.live_weight, device, at::kDouble));
     inputs.live_weight = static_cast<const double*>(kept.back().const_data_ptr());
   }
-  inputs.grad_scale = amp_number(request.amp.grad_scale, domain.device, kept);
-  inputs.found_inf = amp_number(request.amp.found_inf, domain.device, kept);
+  inputs.grad_scale = amp_number(request.amp.grad_scale, device, kept);
+  inputs.found_inf = amp_number(request.amp.found_inf, device, kept);
   return inputs;
 }
 
@@ -306,13 +327,17 @@ void StepPlan::launch_norms(const NormDomain& domain, const std::vector<DeviceLa
   }
 }
 
+bool StepPlan::needs_sums(Purpose purpose) const {
+  const StepOptions& options = rows_.memory->options;
+  return options.check || (options.measures && purpose != Purpose::kAccumulate);
+}
+
 // Fills every device's decision: from the norm of all rows, where it is asked for.
 void StepPlan::decide_all(std::vector<DeviceLaunch>& launches,
                           const std::vector<DecisionInputs>& all_inputs) {
-  const StepOptions& options = rows_.memory->options;
-  const bool accumulates = all_inputs[0].purpose == Purpose::kAccumulate;
-  const bool sums = options.check || (options.measures && !accumulates);
-  const bool apart = domains_.size() > 1 || domains_[0].specs.size() > 1 || domains_[0].specs[0];
+  const bool sums = needs_sums(all_inputs[0].purpose);
+  const bool apart = domains_.size() > 1 || domains_[0].specs.size() > 1 || domains_[0].specs[0] ||
+                     rows_.memory->options.shared;
   if (sums && apart) return decide_apart(launches, all_inputs);
   for (size_t d = 0; d < domains_.size(); ++d) {
     const NormDomain& domain = domains_[d];
@@ -334,9 +359,10 @@ void StepPlan::decide_all(std::vector<DeviceLaunch>& launches,
   }
 }
 
-// The same where sums have to meet: those of several devices, and those of shards on several ranks.
+// The same where sums have to meet: those of several devices, and those of several ranks.
 void StepPlan::decide_apart(std::vector<DeviceLaunch>& launches,
                             const std::vector<DecisionInputs>& all_inputs) {
+  std::vector<py::list> all_specs;
   std::vector<at::Tensor> totals;
   for (size_t d = 0; d < domains_.size(); ++d) {
     const NormDomain& domain = domains_[d];
@@ -361,11 +387,11 @@ void StepPlan::decide_apart(std::vector<DeviceLaunch>& launches,
       }
       begin = domain.ends[segment];
     }
-    py::list specs;
+    py::list& specs = all_specs.emplace_back();
     for (const py::object& spec : domain.specs) specs.append(spec ? spec : py::none());
-    rows_.memory->reduce(specs, py::reinterpret_steal<py::object>(THPVariable_Wrap(total)));
     totals.push_back(std::move(total));
   }
+  totals = rows_.memory->add_up(all_specs, totals);
   for (size_t d = 0; d < domains_.size(); ++d) {
     const NormDomain& domain = domains_[d];
     std::vector<at::Tensor> here;
