@@ -210,7 +210,7 @@ void test_conversions() {
       std::vector<uint16_t> patterns(0x10000);
       for (size_t i = 0; i < patterns.size(); ++i) patterns[i] = static_cast<uint16_t>(i);
       std::vector<uint16_t> params(patterns.size(), 0);
-      std::vector<float> buffers(patterns.size(), -1.0f);
+      std::vector<float> buffers(patterns.size(), -0.0f);  // whose sum with x is x, with any sign
       const Span loaded{params.data(), patterns.data(), {buffers.data()}, 0x10000};
       kernel(loaded, loaded, Task{wide.slot(0)});
       for (size_t i = 0; i < patterns.size(); ++i) {
