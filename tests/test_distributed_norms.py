@@ -6,6 +6,8 @@ are float64 where sums over ranks are compared with sums of one process, whose o
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from distributed_runs import (
@@ -224,3 +226,36 @@ def test_shards_of_replicas_train_as_one_process(world, line):
         norms = gathered(line, optimizers[0].grad_norm)
         assert all(torch.equal(norm, norms[0]) for norm in norms)
         assert_close_params(networks, **CLOSE)
+
+
+@on_ranks(4)
+def test_steps_of_many_dtensors_keep_no_objects(world, line):
+    """Of two meshes, one of replicas; rows that one rank alone has, no dimension, empty shards."""
+    square = DeviceMesh("cpu", [[0, 1], [2, 3]])
+    layouts = [(line, [Shard(0)]), (square, [Replicate(), Shard(0)])]
+    shapes = [(1, 6), (5, 2), (3,), (8, 1), (0, 4)]
+    params = [
+        torch.nn.Parameter(cut(torch.randn(shape, generator=torch.Generator().manual_seed(n)), *at))
+        for n in range(20)
+        for shape in shapes
+        for at in layouts
+    ]
+    params.append(torch.nn.Parameter(cut(torch.ones(()), line, [Replicate()])))
+    others = [torch.nn.Parameter(whole(param).detach().clone()) for param in params]
+    options = {"lr": 0.01, "max_grad_norm": 0.5}
+    optimizers = [fusedopt.AdamW(p, **options) for p in (params, others)]
+    set_sharded_grads(params, 0)
+    set_grads(others, 0)
+
+    def steps(count):
+        for _ in range(count):
+            for optimizer in optimizers:
+                optimizer.step()
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = steps(3)
+    assert steps(30) - before < 30, "a step leaves objects behind"
+    torch.testing.assert_close(*(o.grad_norm for o in optimizers), rtol=1e-6, atol=0)
+    for a, b in zip(params, others, strict=True):
+        torch.testing.assert_close(whole(a), b.detach(), rtol=2e-6, atol=2e-7)
