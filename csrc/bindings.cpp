@@ -4,12 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/utils/lambda_post_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include "cpu/tiers.h"
 #include "data/ring.h"
+#include "plan/arguments.h"
 #include "plan/plan.h"
 #include "plan/tensors.h"
 #include "plan/triton.h"
@@ -17,19 +17,47 @@
 namespace fusedopt {
 namespace {
 
-at::Tensor tensor_or_undefined(const py::object& object) {
-  return object.is_none() ? at::Tensor() : THPVariable_Unpack(object.ptr());
+at::Tensor local_tensor(const py::object& object, const char* argument) {
+  return tensor_of(local_of(object.ptr()).tensor, argument);
 }
 
-at::Tensor local_or_undefined(const py::object& object) {
-  return object.is_none() ? at::Tensor() : THPVariable_Unpack(local_of(object.ptr()).tensor);
+// A number in a tensor, as kernels read it, or of Python's: torch's GradScaler says 0 instead of a
+// tensor when it has found no gradient.
+at::Tensor amp_tensor(const py::object& object, const char* argument) {
+  if (object.is_none()) return {};
+  if (PyLong_Check(object.ptr()) || PyFloat_Check(object.ptr())) {
+    return at::full({}, object.cast<double>(), at::kFloat);
+  }
+  const at::Tensor& tensor = tensor_of(object.ptr(), argument);
+  check_number(tensor, argument);
+  return tensor;
+}
+
+StepRequest request_for(Purpose purpose, const py::object& weight, const py::object& grad_scale,
+                        const py::object& found_inf, bool follows) {
+  if (purpose < Purpose::kUpdate || purpose > Purpose::kFlush) {
+    throw py::value_error("purpose=" + std::to_string(int(purpose)) + " is not one of Purpose's");
+  }
+  StepRequest request;
+  request.purpose = purpose;
+  request.follows = follows;
+  if (THPVariable_Check(weight.ptr())) {
+    request.live_weight = tensor_of(weight.ptr(), "weight");
+    check_number(request.live_weight, "weight");
+  } else if (PyFloat_Check(weight.ptr()) || PyLong_Check(weight.ptr())) {
+    request.weight = weight.cast<double>();
+  } else {
+    throw_unfit("weight", weight.ptr(), "a number or a tensor of one");
+  }
+  request.amp = {amp_tensor(grad_scale, "grad_scale"), amp_tensor(found_inf, "found_inf")};
+  return request;
 }
 
 // Whether DistributedDataParallel will add up a parameter's gradient over the ranks: that is what torch
 // has such hooks for, which run after those on the parameter.
 bool has_reducer(const py::object& param) {
   const auto node =
-      torch::autograd::impl::try_get_grad_accumulator(THPVariable_Unpack(param.ptr()));
+      torch::autograd::impl::try_get_grad_accumulator(tensor_of(param.ptr(), "param"));
   if (node == nullptr) return false;
   const auto& hooks = node->post_hooks();
   return std::any_of(hooks.begin(), hooks.end(), [](const auto& hook) {
@@ -81,8 +109,15 @@ py::dict rules() {
   return result;
 }
 
-bool has_kernel(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& state) {
-  return storage_index({*storage_dtype(param), *storage_dtype(grad), *storage_dtype(state)}) >= 0;
+bool has_kernel(const py::object& param, const py::object& grad, const py::object& state) {
+  const auto p = storage_dtype(tensor_of(param.ptr(), "param"));
+  const auto g = storage_dtype(tensor_of(grad.ptr(), "grad"));
+  const auto s = storage_dtype(tensor_of(state.ptr(), "state"));
+  return p && g && s && storage_index({*p, *g, *s}) >= 0;
+}
+
+py::capsule capsule_of(device::Launcher* launcher) {
+  return py::capsule(launcher, kLauncherCapsule);
 }
 
 py::object wrap(const at::Tensor& tensor) {
@@ -134,20 +169,7 @@ void bind_plan(py::module_& m) {
       .value("CLOSE", Purpose::kClose)
       .value("FLUSH", Purpose::kFlush);
   py::class_<StepRequest>(m, "StepRequest")
-      .def(py::init([](Purpose purpose, const py::object& weight, const py::object& grad_scale,
-                       const py::object& found_inf, bool follows) {
-             StepRequest request;
-             request.purpose = purpose;
-             request.follows = follows;
-             if (THPVariable_Check(weight.ptr())) {
-               request.live_weight = THPVariable_Unpack(weight.ptr());
-             } else {
-               request.weight = weight.cast<double>();
-             }
-             request.amp = {tensor_or_undefined(grad_scale), tensor_or_undefined(found_inf)};
-             return request;
-           }),
-           py::arg("purpose") = Purpose::kUpdate, py::arg("weight") = 1.0,
+      .def(py::init(&request_for), py::arg("purpose") = Purpose::kUpdate, py::arg("weight") = 1.0,
            py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none(),
            py::arg("follows") = false)
       .def_readonly("purpose", &StepRequest::purpose)
@@ -155,12 +177,12 @@ void bind_plan(py::module_& m) {
       .def_readwrite("before", &StepRequest::before);
   const static StepRequest nothing;
   py::class_<StepPlan>(m, "StepPlan")
-      .def(py::init<const std::string&, const py::list&, const py::dict&, const py::list&,
-                    const py::list&, const py::dict&, std::shared_ptr<CapturedTables>,
+      .def(py::init<const std::string&, const py::list&, const py::dict&, const PlacedParams&,
+                    std::vector<py::object>, const Launchers&, std::shared_ptr<CapturedTables>,
                     std::shared_ptr<StepMemory>, bool>(),
            py::arg("rule"), py::arg("param_groups"), py::arg("state"), py::arg("rows"),
-           py::arg("idle"), py::arg("launchers"), py::arg("captured"), py::arg("memory"),
-           py::arg("new_states"))
+           py::arg("idle"), py::arg("launchers"), py::arg("captured").none(false),
+           py::arg("memory"), py::arg("new_states"))
       .def(
           "why_not",
           [](StepPlan& plan, const py::list& groups, const py::dict& state,
@@ -201,7 +223,8 @@ PYBIND11_MODULE(_C, m) {
       [](const py::object& param, const py::object& grad) {
         const std::string reason = why_not_local(param.ptr(), grad.ptr());
         if (!reason.empty()) return reason;
-        return why_not_fused(local_or_undefined(param), local_or_undefined(grad));
+        return why_not_fused(local_tensor(param, "param"),
+                             grad.is_none() ? at::Tensor() : local_tensor(grad, "grad"));
       },
       py::arg("param"), py::arg("grad"));
   m.def(
@@ -210,19 +233,13 @@ PYBIND11_MODULE(_C, m) {
         if (!same_placement(local_of(param.ptr()).spec, local_of(state.ptr()).spec)) {
           return std::string("a state is distributed over the ranks in another way");
         }
-        if (tensor_or_undefined(param).sizes() != tensor_or_undefined(state).sizes()) {
+        if (tensor_of(param.ptr(), "param").sizes() != tensor_of(state.ptr(), "state").sizes()) {
           return std::string("a state has another shape");
         }
-        return why_state_unfit(local_or_undefined(param), local_or_undefined(state));
+        return why_state_unfit(local_tensor(param, "param"), local_tensor(state, "state"));
       },
       py::arg("param"), py::arg("state"));
-  m.def(
-      "has_kernel",
-      [](const py::object& param, const py::object& grad, const py::object& state) {
-        return has_kernel(tensor_or_undefined(param), tensor_or_undefined(grad),
-                          tensor_or_undefined(state));
-      },
-      py::arg("param"), py::arg("grad"), py::arg("state"));
+  m.def("has_kernel", &has_kernel, py::arg("param"), py::arg("grad"), py::arg("state"));
   m.def(
       "overlapping",
       [](const py::list& rows) {
@@ -230,7 +247,7 @@ PYBIND11_MODULE(_C, m) {
         for (const py::handle row : rows) {
           std::vector<at::Tensor>& arrays = tensors.emplace_back();
           for (const py::handle tensor : row) {
-            arrays.push_back(THPVariable_Unpack(local_of(tensor.ptr()).tensor));
+            arrays.push_back(tensor_of(local_of(tensor.ptr()).tensor, "a member of rows"));
           }
         }
         return overlapping_rows(tensors);
@@ -240,7 +257,7 @@ PYBIND11_MODULE(_C, m) {
   // The CUDA kernels' launcher, None in a build without them.
   m.def("cuda_launcher", []() -> py::object {
 #if defined(FUSEDOPT_WITH_CUDA)
-    return py::capsule(&device::cuda_launcher());
+    return capsule_of(&device::cuda_launcher());
 #else
     return py::none();
 #endif
@@ -250,7 +267,7 @@ PYBIND11_MODULE(_C, m) {
   // graphs that it took part in may outlive the interpreter's objects.
   m.def(
       "triton_launcher",
-      [](py::object kernels) { return py::capsule(new TritonLauncher(std::move(kernels))); },
+      [](py::object kernels) { return capsule_of(new TritonLauncher(std::move(kernels))); },
       py::arg("kernels"));
   m.def("layout", &layout);
   m.def("gpu_runtime", &device::gpu_runtime);

@@ -33,13 +33,16 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+_NAME = b"fusedopt.Launcher"  # which the capsule does not keep alive
+
+
 @cache
 def launcher() -> object:
     """Its capsule, as ``_C.cuda_launcher()`` returns one."""
     new = ctypes.pythonapi.PyCapsule_New
     new.restype = ctypes.py_object
     new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    return new(library().rehearsal_launcher(), None, None)
+    return new(library().rehearsal_launcher(), _NAME, None)
 
 
 BACKEND = backends.Backend("rehearsal", ("cpu",), lambda: "", "", launcher)

@@ -1,11 +1,11 @@
 // Building a plan: which table a parameter's row is in, and what is remembered to recognise its tensors.
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <unordered_map>
 
+#include "plan/arguments.h"
 #include "plan/plan.h"
 #include "plan/tensors.h"
 
@@ -13,13 +13,18 @@ namespace fusedopt {
 
 namespace {
 
+// `reason` is why a row's tensors do not fit, "" if they do.
+void check_fits(const std::string& reason) {
+  if (!reason.empty()) throw std::invalid_argument("kernels cannot update a row: " + reason);
+}
+
 class Builder {
  public:
-  Builder(PlanRows& plan, const py::dict& state, const py::dict& launchers)
+  Builder(PlanRows& plan, const py::dict& state, const Launchers& launchers)
       : plan_(plan), options_(plan.options), state_(state), launchers_(launchers) {}
 
-  void add_groups(const py::list& param_groups, const py::list& rows);
-  void add_row(int group, const py::object& param);
+  void add_groups(const py::list& param_groups, const PlacedParams& rows);
+  void add_row(size_t group, const py::object& param);
   std::vector<NormDomain> norm_domains();
 
  private:
@@ -31,24 +36,27 @@ class Builder {
   PlanRows& plan_;
   const StepOptions& options_;
   const py::dict& state_;
-  const py::dict& launchers_;
+  const Launchers& launchers_;
 };
 
 device::Launcher* Builder::launcher_for(c10::Device device) const {
   const std::string type = c10::DeviceTypeName(device.type(), /*lower_case=*/true);
-  if (!launchers_.contains(type.c_str())) return nullptr;
-  return launchers_[type.c_str()].cast<py::capsule>().get_pointer<device::Launcher>();
+  const auto found = launchers_.find(type);
+  if (found == launchers_.end()) return nullptr;
+  void* launcher = PyCapsule_GetPointer(found->second.ptr(), kLauncherCapsule);
+  if (launcher == nullptr) throw py::error_already_set();
+  return static_cast<device::Launcher*>(launcher);
 }
 
-void Builder::add_groups(const py::list& param_groups, const py::list& rows) {
+void Builder::add_groups(const py::list& param_groups, const PlacedParams& rows) {
   for (const py::handle group : param_groups) {
     Group& info = plan_.groups.emplace_back();
-    for (const py::handle member : group["params"]) info.members.push_back(member.ptr());
+    const py::dict dict = dict_of(group, "a param group");
+    for (const py::handle member : dict["params"]) info.members.push_back(member.ptr());
   }
-  for (const py::handle row : rows) {
-    const auto tuple = py::reinterpret_borrow<py::tuple>(row);
-    Group& group = plan_.groups[tuple[0].cast<int>()];
-    const c10::Device device = THPVariable_Unpack(py::object(tuple[1]).ptr()).device();
+  for (const auto& [place, param] : rows) {
+    Group& group = plan_.groups.at(place);
+    const c10::Device device = tensor_of(param.ptr(), "a row's parameter").device();
     if (launcher_for(device) == nullptr) {
       group.on_host = true;
     } else {
@@ -57,18 +65,22 @@ void Builder::add_groups(const py::list& param_groups, const py::list& rows) {
   }
   for (size_t g = 0; g < plan_.groups.size(); ++g) {
     Group& group = plan_.groups[g];
-    group.values = plan_.read_group(group, py::reinterpret_borrow<py::dict>(param_groups[g]));
+    group.values = plan_.read_group(group, dict_of(param_groups[g], "a param group"));
     group.flags = group_flags(plan_.rule, group.values);
   }
 }
 
-void Builder::add_row(int group, const py::object& param) {
+void Builder::add_row(size_t group, const py::object& param) {
   HostRow host;
   const Local local = local_of(param.ptr());
-  const at::Tensor& tensor = THPVariable_Unpack(local.tensor);
+  const at::Tensor& tensor = tensor_of(local.tensor, "a row's parameter");
   const py::object grad_or_none = param.attr("grad");
   const Local local_grad = grad_or_none.is_none() ? local : local_of(grad_or_none.ptr());
-  const at::Tensor& grad = THPVariable_Unpack(local_grad.tensor);
+  const at::Tensor& grad = tensor_of(local_grad.tensor, "a row's gradient");
+  check_fits(why_not_fused(tensor, grad_or_none.is_none() ? at::Tensor() : grad));
+  if (!tensor.is_cpu() && launcher_for(tensor.device()) == nullptr) {
+    check_fits("nothing launches kernels on its device");
+  }
   Wrapping wrapping{static_cast<int>(plan_.rows.size())};
   const GroupFlags& flags = plan_.groups[group].flags;
   const StateNames names = plan_.rule.states(flags.variant);
@@ -85,12 +97,18 @@ void Builder::add_row(int group, const py::object& param) {
   const bool averages = options_.averages();
   arrays.resize(kMaxArrays);
   if (names.count > 0 || flags.keeps_scalar_states || accumulates || averages) {
-    const auto entry = py::reinterpret_borrow<py::dict>(state_[param]);
+    const py::dict entry = dict_of(state_[param], "a parameter's state");
     const auto add_state = [&](int role, const char* name) {
       const Local local_state = local_of(py::object(entry[name]).ptr());
-      const at::Tensor& here = THPVariable_Unpack(local_state.tensor);
+      const at::Tensor& here = tensor_of(local_state.tensor, name);
+      check_fits(why_state_unfit(tensor, here));
       arrays[2 + role] = here;
       wrapping.state_specs[role] = py::reinterpret_borrow<py::object>(local_state.spec);
+      const at::ScalarType arithmetic =
+          tensor.element_size() == 2 ? at::kFloat : tensor.scalar_type();
+      if (here.scalar_type() != (role < names.count ? arrays[2].scalar_type() : arithmetic)) {
+        check_fits(std::string(name) + " has another dtype than kernels take it for");
+      }
       host.state_types[role] = static_cast<int8_t>(here.scalar_type());
       host.roles |= 1u << role;
     };
@@ -101,7 +119,7 @@ void Builder::add_row(int group, const py::object& param) {
     for (int k = 0; k < scalars.count; ++k) {
       host.roles |= 1u << (kScalar + k);
       const char* name = scalars.states[k].name;
-      const at::Tensor& scalar = THPVariable_Unpack(py::object(entry[name]).ptr());
+      const at::Tensor& scalar = tensor_of(py::object(entry[name]).ptr(), name);
       const bool there = launcher_for(tensor.device()) != nullptr &&
                          scalar.device() == tensor.device() &&
                          (!scalar.is_cpu() || counts_there || name[0] == '_');
@@ -117,7 +135,7 @@ void Builder::add_row(int group, const py::object& param) {
   }
 
   host.param = param;
-  host.group = group;
+  host.group = static_cast<int>(group);
   host.table = table_for(storage, flags.variant, tensor.device(),
                          device_scalars ? device::Scalars::kDevice : device::Scalars::kHost);
   host.ndim = static_cast<uint8_t>(tensor.dim());
@@ -280,20 +298,18 @@ GroupValues PlanRows::read_group(const Group& group, const py::dict& dict) const
 }
 
 StepPlan::StepPlan(const std::string& rule, const py::list& param_groups, const py::dict& state,
-                   const py::list& rows, const py::list& idle, const py::dict& launchers,
-                   std::shared_ptr<CapturedTables> captured, std::shared_ptr<StepMemory> memory,
-                   bool new_states)
+                   const PlacedParams& rows, std::vector<py::object> idle,
+                   const Launchers& launchers, std::shared_ptr<CapturedTables> captured,
+                   std::shared_ptr<StepMemory> memory, bool new_states)
     : rows_(find_rule(rule), std::move(memory)),
       captured_(std::move(captured)),
       new_states_(new_states) {
   Builder builder(rows_, state, launchers);
   builder.add_groups(param_groups, rows);
-  for (const py::handle param : idle) rows_.idle.push_back(param.ptr());
+  for (const py::object& param : idle) tensor_of(param.ptr(), "a member of idle");
+  rows_.idle = std::move(idle);
   rows_.rows.reserve(rows.size());
-  for (const py::handle row : rows) {
-    const auto tuple = py::reinterpret_borrow<py::tuple>(row);
-    builder.add_row(tuple[0].cast<int>(), tuple[1]);
-  }
+  for (const auto& [group, param] : rows) builder.add_row(group, param);
   for (TablePlan& plan : rows_.tables) {
     if (plan.on_device == nullptr) {
       plan.table.cut(kCpuChunkElements);

@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "plan/arguments.h"
+
 namespace fusedopt {
 
 namespace {
@@ -170,8 +172,7 @@ int CapturedTables::refresh(const std::string& rule_name, const py::list& param_
     auto& [hypers, kept] = fresh.emplace_back();
     const auto live = table->device.is_cpu() ? LiveTensors::kAll : LiveTensors::kOffHost;
     for (size_t g = 0; g < table->flags.size(); ++g) {
-      const GroupValues values =
-          reader.read(py::reinterpret_borrow<py::dict>(param_groups[g]), live);
+      const GroupValues values = reader.read(dict_of(param_groups[g], "a param group"), live);
       if (group_flags(rule, values) != table->flags[g]) {
         throw std::runtime_error(
             "param_groups: a flag that changes the formula was set after the step was captured; "

@@ -1,9 +1,9 @@
 #include "plan/hyper.h"
 
-#include <torch/csrc/autograd/python_variable.h>
-
 #include <algorithm>
 #include <string>
+
+#include "plan/arguments.h"
 
 namespace fusedopt {
 
@@ -19,13 +19,11 @@ double number(PyObject* value, const py::str& key, LiveTensors live, at::Tensor&
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
   if (THPVariable_Check(value)) {
     const at::Tensor& tensor = THPVariable_Unpack(value);
-    if (tensor.numel() == 1) {
-      const bool stays =
-          live == LiveTensors::kOffHost ? !tensor.is_cpu() : live == LiveTensors::kAll;
-      if (!stays) return tensor.item().toDouble();
-      tensor_left = tensor;
-      return 1.0;
-    }
+    check_number(tensor, "param group value '" + std::string(key) + "'");
+    const bool stays = live == LiveTensors::kOffHost ? !tensor.is_cpu() : live == LiveTensors::kAll;
+    if (!stays) return tensor.item().toDouble();
+    tensor_left = tensor;
+    return 1.0;
   } else {
     const double result = PyFloat_AsDouble(value);
     if (PyErr_Occurred() == nullptr) return result;

@@ -1,9 +1,11 @@
 #include "plan/memory.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <cstring>
+#include <stdexcept>
+
+#include "plan/arguments.h"
 
 namespace fusedopt {
 
@@ -17,8 +19,14 @@ void write(const StepDecision& decision, const at::Tensor& to) {
   to.copy_(staging);
 }
 
+// Decisions are there for Python to read, which may free what it is given.
+const at::Tensor& with_memory(const at::Tensor& decision) {
+  if (!has_memory(decision)) throw std::runtime_error("a decision's storage is empty");
+  return decision;
+}
+
 StepDecision read(const at::Tensor& from) {
-  const at::Tensor here = from.cpu();
+  const at::Tensor here = with_memory(from).cpu();
   StepDecision decision;
   std::memcpy(&decision, here.const_data_ptr(), sizeof decision);
   return decision;
@@ -42,7 +50,10 @@ std::vector<at::Tensor> StepMemory::add_up(const std::vector<py::list>& specs,
   }
   std::vector<at::Tensor> reduced;
   for (const py::handle tensor : reduce(by_device, rows)) {
-    reduced.push_back(THPVariable_Unpack(tensor.ptr()));
+    const at::Tensor& sum = reduced.emplace_back(tensor_of(tensor.ptr(), "a sum of reduce()"));
+    if (sum.dim() != 2 || sum.size(1) != 2 || !has_memory(sum)) {
+      throw py::value_error("reduce() returned sums that are not rows of two numbers");
+    }
   }
   return reduced;
 }
@@ -63,7 +74,7 @@ void StepMemory::set_options(const StepOptions& now) {
 
 at::Tensor StepMemory::decision(c10::Device device) {
   for (const auto& [known, tensor] : decisions_) {
-    if (known == device) return tensor;
+    if (known == device) return with_memory(tensor);
   }
   StepDecision first;
   if (!decisions_.empty()) {

@@ -61,7 +61,9 @@ class StepMemory {
 
   // The reference stays valid.
   Member& member(PyObject* param) { return members_[param]; }
-  void forget() { members_.clear(); }
+  void forget() {
+    for (auto& [param, member] : members_) member = {};  // plans point to them
+  }
   // The accumulators of all parameters have been used up.
   void end_window() {
     for (auto& [param, member] : members_) member.has_accumulated = false;

@@ -12,9 +12,11 @@
 // its back works as it does with torch.optim.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -49,16 +51,23 @@ struct NormDomain {
   int64_t block_count() const { return ends.back(); }
 };
 
+// The name of the Python capsules that launchers are in.
+constexpr const char* kLauncherCapsule = "fusedopt.Launcher";
+
+// Parameters and the index of their group; by type of device, what launches kernels there.
+using PlacedParams = std::vector<std::pair<size_t, py::object>>;
+using Launchers = std::map<std::string, py::capsule>;
+
 class StepPlan {
  public:
   // `rows` lists (group index, parameter) for the parameters that kernels update, in the order of
   // the groups, each with complete state in `state`; `new_states` says that some was created for the
   // step to come. `idle` lists the parameters that wait for a first gradient. `launchers` maps device types
-  // to capsules with their Launcher; without one, the CPU driver updates what is in memory. Tables
+  // to capsules of a Launcher; without one, the CPU driver updates what is in memory. Tables
   // that graphs hold go to `captured`. `memory` is null for steps that update and nothing else.
   // Throws std::invalid_argument for a row that no kernel fits (the caller asks why_not_fused first).
   StepPlan(const std::string& rule, const py::list& param_groups, const py::dict& state,
-           const py::list& rows, const py::list& idle, const py::dict& launchers,
+           const PlacedParams& rows, std::vector<py::object> idle, const Launchers& launchers,
            std::shared_ptr<CapturedTables> captured, std::shared_ptr<StepMemory> memory,
            bool new_states);
 
@@ -83,6 +92,7 @@ class StepPlan {
     UploadedTable uploaded;
   };
 
+  void check(const StepRequest& request) const;
   bool launch(const StepRequest& request);
   bool end_without_rows(const StepRequest& request);
   void decide_without_rows(const StepRequest& request);

@@ -123,7 +123,7 @@ struct PlanRows {
   bool names = false;      // the present step does
   std::vector<Wrapping> wrappings;
   std::vector<PyObject*> state_dicts;  // a row's entry of optimizer.state; null when it has none
-  std::vector<PyObject*> idle;         // parameters that wait for a first gradient
+  std::vector<py::object> idle;        // parameters that wait for a first gradient
   std::vector<StateEntry> entries;     // of optimizer.state, in order
   std::vector<int64_t> dims;
   std::vector<TablePlan> tables;

@@ -9,6 +9,7 @@
 #include "cpu/driver.h"
 #include "plan/plan.h"
 #include "plan/pool.h"
+#include "plan/tensors.h"
 
 namespace fusedopt {
 
@@ -24,6 +25,7 @@ NormSums* sums_at(const at::Tensor& memory) { return static_cast<NormSums*>(memo
 
 std::optional<std::string> StepPlan::why_not(const py::list& param_groups, const py::dict& state,
                                              const StepRequest& request) {
+  check(request);
   rows_.select(request.rows);
   const char* reason = walk(rows_, param_groups, state, request.purpose);
   if (reason == nullptr) return std::nullopt;
@@ -35,6 +37,25 @@ std::variant<bool, std::string> StepPlan::step(const py::list& param_groups, con
   if (auto reason = why_not(param_groups, state, request)) return *reason;
   if (request.before) (*request.before)();
   return launch(request);
+}
+
+// Throws std::invalid_argument for what this plan cannot be asked.
+void StepPlan::check(const StepRequest& request) const {
+  const StepMemory* memory = rows_.memory.get();
+  const bool scaled = request.amp.grad_scale.defined() || request.amp.found_inf.defined();
+  if (memory == nullptr && (request.follows || scaled)) {
+    throw std::invalid_argument("a request of follows, grad_scale or found_inf needs a memory");
+  }
+  if (request.purpose != Purpose::kUpdate && (memory == nullptr || !memory->options.accumulates)) {
+    throw std::invalid_argument("a request to accumulate needs a memory that accumulates");
+  }
+  if (!request.rows) return;
+  for (const int r : *request.rows) {
+    if (r < 0 || static_cast<size_t>(r) >= rows_.rows.size()) {
+      throw std::invalid_argument("a request is for row " + std::to_string(r) + " of " +
+                                  std::to_string(rows_.rows.size()));
+    }
+  }
 }
 
 bool StepPlan::launch(const StepRequest& request) {
@@ -135,7 +156,7 @@ void StepPlan::decide_without_rows(const StepRequest& request) {
   const at::Tensor total = at::cat(rows_.memory->add_up({specs}, {none})).cpu();
   const NormSums sums = sum_blocks(sums_at(total), total.size(0));
   const c10::Device device =
-      rows_.idle.empty() ? at::kCPU : THPVariable_Unpack(rows_.idle.front()).device();
+      rows_.idle.empty() ? at::kCPU : THPVariable_Unpack(rows_.idle.front().ptr()).device();
   if (rows_.memory->decisions().empty()) rows_.memory->decision(device);
   rows_.memory->change_decisions([&](StepDecision& decision) { decide(inputs, sums, decision); });
 }

@@ -24,6 +24,15 @@ std::optional<DType> storage_dtype(const at::Tensor& tensor) {
 
 int64_t components(const at::Tensor& tensor) { return tensor.is_complex() ? 2 : 1; }
 
+bool has_memory(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  if (!tensor.has_storage()) return false;
+  int64_t last = tensor.storage_offset();
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  const auto bytes = static_cast<size_t>(last + 1) * tensor.element_size();
+  return tensor.storage().data() != nullptr && tensor.storage().nbytes() >= bytes;
+}
+
 c10::DispatchKeySet plain_keys(c10::DeviceType device) {
   const c10::DispatchKeySet dense(
       c10::computeDispatchKey(std::nullopt, at::kStrided, c10::Device(device)));
@@ -92,13 +101,14 @@ std::string why_not_fused(const at::Tensor& param, const at::Tensor& grad) {
     return std::string("its dtype is ") + at::toString(param.scalar_type());
   }
   if (may_overlap_itself(param)) return "several of its elements share one memory location";
-  if (param.numel() > 0 && param.const_data_ptr() == nullptr) return "its storage is empty";
+  if (!has_memory(param)) return "its storage is empty";
   if (!grad.defined()) return "";
   if (!is_plain_on(device, grad)) return describe_unplain(grad, "its gradient", device);
   if (!storage_dtype(grad) || components(grad) != components(param)) {
     return std::string("its gradient's dtype is ") + at::toString(grad.scalar_type());
   }
   if (grad.sizes() != param.sizes()) return "its gradient has another shape";
+  if (!has_memory(grad)) return "its gradient's storage is empty";
   if (param.numel() > 0 && grad.const_data_ptr() == param.const_data_ptr()) {
     return "its gradient is the parameter's own memory";
   }
@@ -113,6 +123,7 @@ std::string why_state_unfit(const at::Tensor& param, const at::Tensor& state) {
   }
   if (state.sizes() != param.sizes()) return "a state has another shape";
   if (may_overlap_itself(state)) return "several elements of a state share one memory location";
+  if (!has_memory(state)) return "a state's storage is empty";
   return "";
 }
 

@@ -17,6 +17,9 @@ std::optional<DType> storage_dtype(const at::Tensor& tensor);
 // Elements of the storage type an element of the tensor consists of: 2 for complex types, else 1.
 int64_t components(const at::Tensor& tensor);
 
+// Whether all elements lie in the tensor's storage: one that was freed or shrunk has them no more.
+bool has_memory(const at::Tensor& tensor);
+
 // The dispatch keys of a dense tensor in torch's plain representation: not sparse, quantized, nested,
 // lazily conjugated or negated, wrapped by a subclass, or created in inference mode.
 c10::DispatchKeySet plain_keys(c10::DeviceType device);

@@ -1,5 +1,6 @@
 #include "plan/triton.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 
@@ -21,7 +22,9 @@ device::Status TritonLauncher::launch(const char* kind, const pybind11::tuple& k
   return nullptr;
 }
 
-int TritonLauncher::multiprocessors() { return kernels_.attr("multiprocessors")().cast<int>(); }
+int TritonLauncher::multiprocessors() {
+  return std::max(kernels_.attr("multiprocessors")().cast<int>(), 1);
+}
 
 device::Status TritonLauncher::load(const StorageTuple& storage, int rule, int variant) {
   kernels_.attr("load")(rule, variant, int(storage.param), int(storage.grad), int(storage.state));

@@ -7,10 +7,10 @@
 // read Python objects while this thread holds the GIL for them; they change no reference count.
 #include <ATen/Parallel.h>
 #include <c10/core/impl/COWDeleter.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <atomic>
 
+#include "plan/arguments.h"
 #include "plan/pool.h"
 #include "plan/rows.h"
 #include "plan/tensors.h"
@@ -34,11 +34,18 @@ inline void prefetch_tensor(const c10::TensorImpl* tensor) {
   prefetch<sizeof(c10::TensorImpl)>(tensor);
 }
 
-// The address of a tensor's first element, without materialising a copy-on-write storage. The
-// accessors with checks and virtual calls are for tensors of any kind; these have been found plain.
+// The address of a tensor's first element, without materialising a copy-on-write storage; null if the
+// storage was freed, or shrunk so that it ends before the last of the elements. The accessors with
+// checks and virtual calls are for tensors of any kind; these have been found plain.
 inline void* address(const c10::TensorImpl& tensor) {
-  auto* base = static_cast<char*>(const_cast<void*>(tensor.unsafe_storage().data()));
-  return base + tensor.storage_offset() * static_cast<int64_t>(tensor.dtype().itemsize());
+  const c10::StorageImpl& storage = *tensor.unsafe_storage().unsafeGetStorageImpl();
+  int64_t end = tensor.storage_offset() + 1;
+  const c10::IntArrayRef sizes = tensor.sizes();
+  for (size_t d = 0; d < sizes.size(); ++d) end += (sizes[d] - 1) * tensor.strides()[d];
+  const auto item = static_cast<int64_t>(tensor.dtype().itemsize());
+  auto* base = static_cast<char*>(const_cast<void*>(storage.data()));
+  if (base == nullptr || static_cast<int64_t>(storage.nbytes()) < end * item) return nullptr;
+  return base + tensor.storage_offset() * item;
 }
 
 inline bool is_copy_on_write(const c10::TensorImpl& tensor) {
@@ -109,7 +116,7 @@ const char* Walk::walk_groups(const py::list& param_groups) {
   if (param_groups.size() != plan_.groups.size()) return kGroupsChanged;
   for (size_t g = 0; g < plan_.groups.size(); ++g) {
     Group& group = plan_.groups[g];
-    const auto dict = py::reinterpret_borrow<py::dict>(param_groups[g]);
+    const py::dict dict = dict_of(PyList_GET_ITEM(param_groups.ptr(), g), "a param group");
     PyObject* params = PyDict_GetItemWithError(dict.ptr(), plan_.reader.params_key());
     if (params == nullptr || !PyList_Check(params)) return kGroupsChanged;
     if (PyList_GET_SIZE(params) != Py_ssize_t(group.members.size())) return kGroupsChanged;
@@ -128,8 +135,8 @@ const char* Walk::walk_groups(const py::list& param_groups) {
     group.seen.keep();
   }
   if (plan_.names) return nullptr;
-  for (PyObject* param : plan_.idle) {
-    if (THPVariable_Unpack(param).unsafeGetTensorImpl()->grad().defined()) {
+  for (const py::object& param : plan_.idle) {
+    if (THPVariable_Unpack(param.ptr()).unsafeGetTensorImpl()->grad().defined()) {
       return "a parameter received its first gradient";
     }
   }
@@ -291,14 +298,16 @@ const char* Walk::walk_row(HostRow& host) {
       return "a state was replaced by one of another dtype or layout";
     }
     copy_on_write = copy_on_write || is_copy_on_write(state);
-    if (k != kAccumulator || takes_window || purpose_ == Purpose::kAccumulate) {
+    if (row.numel > 0 && (k != kAccumulator || takes_window || purpose_ == Purpose::kAccumulate)) {
       row.state[k] = address(state);
+      if (row.state[k] == nullptr) return "a state's storage is empty";
     }
   }
   if (row.numel > 0) {
     row.param = address(*host.impl);
     if (host.grad != nullptr) row.grad = address(*host.grad);
     if (row.param == nullptr) return "a parameter's storage is empty";
+    if (host.grad != nullptr && row.grad == nullptr) return "a gradient's storage is empty";
     if (row.param == row.grad) return "a gradient is its parameter's own memory";
     if (host.grad != nullptr && plan_.zeroes_grads()) {
       copy_on_write = copy_on_write || is_copy_on_write(*host.grad);
@@ -317,6 +326,7 @@ const char* Walk::walk_row(HostRow& host) {
     }
     copy_on_write = copy_on_write || is_copy_on_write(scalar);
     void* at = host.scalar_at[k] = address(scalar);
+    if (at == nullptr) return "a step count's storage is empty";
     const bool is_double = type == at::kDouble;
     host.doubles = (host.doubles & ~(1u << k)) | (is_double ? 1u << k : 0u);
     if (there) continue;
