@@ -201,6 +201,8 @@ void bind_plan(py::module_& m) {
 
   // What `step` says of a flush that meets a gradient which is in no accumulator.
   m.attr("UNSEEN_GRADIENT") = kUnseenGradient;
+  // What it says under a TorchDispatchMode.
+  m.attr("INTERCEPTED") = kIntercepted;
 }
 
 }  // namespace

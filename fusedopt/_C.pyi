@@ -10,6 +10,7 @@ class CapturedTables:
     def refresh(self, rule: str, param_groups: list[dict[str, Any]]) -> int: ...
 
 UNSEEN_GRADIENT: str
+INTERCEPTED: str
 
 class Purpose:
     __members__: ClassVar[dict[str, Purpose]]

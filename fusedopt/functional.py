@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from string import ascii_lowercase
 from typing import Any
 
@@ -153,6 +153,39 @@ class _Step:
         outcome = plan.step([group], state)
         if isinstance(outcome, str):
             raise ValueError(f"{self.name}: the step cannot be prepared: {outcome}")
+
+    def on_group(
+        self, group: Group, params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]]
+    ) -> None:
+        """Calls the operator for parameters of an optimizer's group."""
+        names = _C.state_names(self.rule, group)
+        hyper = {key: group[key] for key in self.defaults if key in group}
+        for key, elements in self.tuples.items():
+            hyper.update(zip(elements, group[key], strict=True))
+        # A schema has tensors for lr alone.
+        numbers = {
+            key: value if key == "lr" or isinstance(self.defaults[key], bool) else float(value)
+            for key, value in hyper.items()
+        }
+        private = [s for s in _C.scalar_states(self.rule, group) if s[0].startswith("_")]
+        parts: dict[bool, list[Tensor]] = {}
+        for param in params:
+            first = any(not state[param][name].item() for name, *_ in private)
+            parts.setdefault(first, []).append(param)
+        for first, part in parts.items():
+            lists = {
+                f"{name}s": [state[param][name] for param in part] if name in names else []
+                for name in self.states
+            }
+            if self.has_step:
+                lists["state_steps"] = [state[param]["step"] for param in part]
+            else:
+                numbers["is_first_step"] = first
+            operator = getattr(torch.ops.fusedopt, self.name)
+            operator(part, [param.grad for param in part], **lists, **numbers)
+            for param in part:
+                for name, _, loaded in private:
+                    state[param][name].fill_(loaded)
 
     def _group(self, kwargs: dict[str, Any]) -> Group:
         """A param group of these hyperparameters, once the constructor finds them valid."""
@@ -264,5 +297,14 @@ def _define(step: _Step) -> None:
     )
 
 
-for _rule in _C.rules():
-    _define(_Step(_class_of(_rule)))
+_STEPS = {rule: _Step(_class_of(rule)) for rule in _C.rules()}
+for _step in _STEPS.values():
+    _define(_step)
+
+
+def step_group(
+    rule: str, group: Group, params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """A step of these parameters of an optimizer's group, as a call of the rule's operator."""
+    if params:
+        _STEPS[rule].on_group(group, params, state)

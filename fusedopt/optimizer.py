@@ -107,6 +107,7 @@ class FusedOptimizer(AccumulationMixin):
         init.__name__ = "__init__"
         init.__qualname__ = f"{cls.__qualname__}.__init__"
         init.__doc__ = cls._torch_class.__init__.__doc__
+        skip_tracing(init)
         cls.__init__ = init  # type: ignore[method-assign]
         if cls.__doc__ and FusedOptimizer.__doc__:
             arguments = signature.replace(parameters=[*theirs, *own][1:])

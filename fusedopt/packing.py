@@ -97,6 +97,7 @@ class Packed:
                 self._create_entries(param, new, on_device=on_device)
                 rows.append((member.group, param))
             self.rows = len(rows)
+            self._placed = rows
             self._row_of = {id(param): row for row, (_, param) in enumerate(rows)}
             created = bool(self._created)
             self.plan = _C.StepPlan(
@@ -105,6 +106,14 @@ class Packed:
         except BaseException:
             self.undo()
             raise
+
+    def params(self, group: int, ids: set[int] | None) -> list[Tensor]:
+        """A group's that kernels have a gradient of, and that have one of the ids, if given."""
+        return [
+            param
+            for number, param in self._placed
+            if number == group and param.grad is not None and (ids is None or id(param) in ids)
+        ]
 
     def _create_state(self, group: Group, param: Tensor, new: NewState, *, on_device: bool) -> None:
         """Creates what the rule needs and is missing."""

@@ -77,6 +77,9 @@ class PlannedSteps(Wrappable):
                     packed.undo()
                 return
 
+        if torch._C._len_torch_dispatch_stack():
+            return self._take_dispatched(purpose, named, scaled=scaled)
+
         def step(packed: Packed) -> bool | str:
             request = _C.StepRequest(
                 purpose, weight, own.get("grad_scale"), own.get("found_inf"), follows
@@ -92,6 +95,33 @@ class PlannedSteps(Wrappable):
         took_place = self._with_plan(step, named)
         if not took_place and purpose == _UPDATE and self._packed is not None:
             self._packed.undo()
+        return None
+
+    def _take_dispatched(
+        self, purpose: Any, named: Sequence[Tensor] | None, *, scaled: bool
+    ) -> None:
+        """Takes a step under a TorchDispatchMode, by operators that it sees and may record."""
+        from fusedopt import functional  # which imports this
+
+        if self._extras is not None or scaled or purpose != _UPDATE:
+            asked = ", ".join(self._options.asked) or "GradScaler's scale or accumulate()"
+            raise RuntimeError(
+                f"a step with {asked} under a TorchDispatchMode (make_fx, FakeTensorMode, "
+                "FlopCounterMode, ...), which would not see it; take the step outside of the mode, "
+                "or without these"
+            )
+        packed = self._pack(named)
+        ids = None if named is None else {id(param) for param in named}
+        try:
+            with torch.no_grad():
+                for number, group in enumerate(self.param_groups):
+                    functional.step_group(self._rule, group, packed.params(number, ids), self.state)
+            members = [m for m in packed.torch_params if ids is None or id(m.param) in ids]
+            if members:
+                torch_step(self, self._torch_class, members)
+        except BaseException:
+            packed.undo()
+            raise
 
     def _with_plan(
         self, call: Callable[[Packed], bool | str | None], named: Sequence[Tensor] | None = None

@@ -247,3 +247,28 @@ def test_a_sparse_gradient_in_a_compiled_function_is_torchs():
         runs.append((params, optimizer))
         assert [route.backend for route in optimizer.routes()] == ["torch", "cpu"]
     assert_same(*runs)
+
+
+@EACH_CASE
+def test_a_whole_training_function_compiled_is_the_eager_one(case):
+    """The optimizer and its scheduler are made inside, saved and loaded."""
+    runs = []
+    for wrap in (lambda function: function, compile_):
+        params = make_params([(5, 8), (8, 3)])
+
+        def train(x, params=params):
+            optimizer = case.fused()(params, lr=0.1)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+            for _ in range(2):
+                (x @ params[0] @ params[1]).square().mean().backward()
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            optimizer.load_state_dict(optimizer.state_dict())
+            (x @ params[0] @ params[1]).square().mean().backward()
+            optimizer.step()
+            return optimizer
+
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            runs.append((params, wrap(train)(batches(1)[0])))
+    assert_same(*runs)

@@ -154,6 +154,10 @@ struct PlanRows {
 // What a walk says of a flush that meets a gradient which is in no accumulator.
 constexpr const char* kUnseenGradient = "a gradient was not accumulated";
 
+// What a step says, of any plan, under a TorchDispatchMode, which is to see every operation.
+constexpr const char* kIntercepted =
+    "a TorchDispatchMode is active, which would not see what kernels do";
+
 // Reads everything that may have moved or changed since the last step, for the present rows: the
 // values of groups, parameters, gradients, state tensors and step counts. Null if the plan fits, and
 // is up to date then; otherwise why not.

@@ -1,6 +1,7 @@
 // A step: the walk, the decision, the launches, and what they leave behind on the host.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
@@ -26,6 +27,7 @@ NormSums* sums_at(const at::Tensor& memory) { return static_cast<NormSums*>(memo
 std::optional<std::string> StepPlan::why_not(const py::list& param_groups, const py::dict& state,
                                              const StepRequest& request) {
   check(request);
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return kIntercepted;
   rows_.select(request.rows);
   const char* reason = walk(rows_, param_groups, state, request.purpose);
   if (reason == nullptr) return std::nullopt;
