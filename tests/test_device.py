@@ -429,22 +429,26 @@ def flags_of(case):
 
 
 @each("case", REPLAYABLE, ids=lambda case: case.name)
-@each("lr_on_device", [False, True], ids=["lr is a number", "lr is on the device"])
-def test_replays_are_steps(place, case, lr_on_device):
-    lr = torch.tensor(0.125, device=place.device) if lr_on_device else 0.125
+@each("live", [False, True], ids=["numbers", "tensors on the device"])
+def test_replays_are_steps(place, case, live):
+    """Whose lr and weight_decay change."""
     kwargs = {**momentum_of(case), **flags_of(case)}
-    params, optimizer, graph = captured(place, case, {**kwargs, "lr": lr})
-    twin, other = make(place, case, {**kwargs, "lr": 0.125})
+    numbers = {"lr": 0.125, "weight_decay": 0.125}
+    tensors = {key: torch.tensor(value, device=place.device) for key, value in numbers.items()}
+    params, optimizer, graph = captured(place, case, {**kwargs, **(tensors if live else numbers)})
+    twin, other = make(place, case, {**kwargs, **numbers})
     set_grads(twin, 0)
     other.step()
     for step in range(1, 5):
         value = 0.125 / 2**step
-        if lr_on_device:
-            lr.fill_(value)
+        changed = {"lr": value, "weight_decay": 0.125 * step}
+        if live:
+            for key, tensor in tensors.items():
+                tensor.fill_(changed[key])
         else:
-            optimizer.param_groups[0]["lr"] = value
+            optimizer.param_groups[0].update(changed)
             assert optimizer.refresh_hyperparameters() == 1
-        other.param_groups[0]["lr"] = value
+        other.param_groups[0].update(changed)
         fill_grads(params, step)
         set_grads(twin, step)
         graph.replay()
