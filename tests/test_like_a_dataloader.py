@@ -240,7 +240,7 @@ def test_what_the_order_is_made_from_cannot_be_set_later(name):
     {"sampler": [np.array([1])]}, {"sampler": [torch.tensor(1, device="meta")]},
     {"batch_sampler": [3]}, {"batch_sampler": [[[1, 2]]]}, {"batch_sampler": [[1.0]]},
     {"batch_sampler": [torch.ones(2, 2, dtype=torch.int64)]}, {"batch_sampler": ["12"]},
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_what_is_no_row_number_is_refused(kwargs):
     """Most of it would be rows to a DataLoader, but not those that were meant."""
     with pytest.raises(IndexError, match=r"the sampler yielded .* wanted: .* batch_sampler"):
@@ -312,8 +312,7 @@ def test_the_callers_settings_reach_transforms_and_sources(around):
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"shuffle": True}, {"generator": seeded()},
-                                    {"rank": 0, "world_size": 2}, {"sampler": [1, 2]}],
-                         ids=str)  # fmt: skip
+                                    {"rank": 0, "world_size": 2}, {"sampler": [1, 2]}])  # fmt: skip
 def test_rows_and_their_order_are_on_the_cpu_whatever_the_default_device(kwargs):
     expected = trace(in_ours, 20, copy.deepcopy(kwargs))
     with torch.device("meta"):
