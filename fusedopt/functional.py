@@ -308,3 +308,6 @@ def step_group(
     """A step of these parameters of an optimizer's group, as a call of the rule's operator."""
     if params:
         _STEPS[rule].on_group(group, params, state)
+
+
+FusedOptimizer._step_operator = staticmethod(step_group)

@@ -27,6 +27,8 @@ class PlannedSteps(Wrappable):
     """The part of `FusedOptimizer` that makes plans and takes steps with them."""
 
     _rule: ClassVar[str]
+    # A step of some parameters of a group by the rule's operator; `fusedopt.functional` gives it.
+    _step_operator: ClassVar[Callable[..., None]]
     _has_step: ClassVar[bool]
     _private_names: ClassVar[set[str]]  # of entries of the state that `state_dict` leaves out
     _all_state_names: ClassVar[set[str]]
@@ -101,8 +103,6 @@ class PlannedSteps(Wrappable):
         self, purpose: Any, named: Sequence[Tensor] | None, *, scaled: bool
     ) -> None:
         """Takes a step under a TorchDispatchMode, by operators that it sees and may record."""
-        from fusedopt import functional  # which imports this
-
         if self._extras is not None or scaled or purpose != _UPDATE:
             asked = ", ".join(self._options.asked) or "GradScaler's scale or accumulate()"
             raise RuntimeError(
@@ -115,7 +115,7 @@ class PlannedSteps(Wrappable):
         try:
             with torch.no_grad():
                 for number, group in enumerate(self.param_groups):
-                    functional.step_group(self._rule, group, packed.params(number, ids), self.state)
+                    self._step_operator(self._rule, group, packed.params(number, ids), self.state)
             members = [m for m in packed.torch_params if ids is None or id(m.param) in ids]
             if members:
                 torch_step(self, self._torch_class, members)

@@ -25,6 +25,7 @@ def test_signature_is_torchs_with_ours_after_it(case):
         ours = ["backend", "state_dtype", "max_grad_norm", "skip_nonfinite", "ema_decay"]
         ours += ["zero_grads"]
         ours += [f"accumulation_{what}" for what in ("steps", "reduction", "dtype")]
+        ours += ["norm_group"]
         assert list(parameters) == [*theirs, *ours]
         for name, parameter in theirs.items():
             assert parameters[name].kind == parameter.kind

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from cases import CASES
+from cases import ADAMW, CASES, SGD
 from harness import assert_same, make_params, set_grads
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fusedopt
 
 SAMPLES = [(case, {}) for case in CASES]
-SAMPLES += [(case, {"momentum": 0.9, "dampening": 0.1}) for case in CASES if case.name == "sgd"]
+SAMPLES += [(case, {"momentum": 0.9, "dampening": 0.1}) for case in CASES if case is SGD]
 SAMPLES += [(case, {"lr": torch.tensor(0.1), "weight_decay": torch.tensor(0.1)}) for case in CASES]
 EACH_SAMPLE = pytest.mark.parametrize(
     ("case", "kwargs"), SAMPLES, ids=lambda value: getattr(value, "name", None)
@@ -87,7 +87,7 @@ def test_make_fx_records_the_step(case, kwargs):
 
 def test_torchs_stateless_use_is_recorded():
     _stateless = pytest.importorskip("torch.optim._stateless")
-    params, optimizer = stepped(next(c for c in CASES if c.name == "adamw"), {})
+    params, optimizer = stepped(ADAMW, {})
 
     def step(values, state, grads):
         for value, grad in zip(values.values(), grads, strict=True):

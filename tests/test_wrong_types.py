@@ -15,6 +15,7 @@ from collections.abc import Callable
 import pytest
 import rehearsal
 import torch
+from cases import ADAMW
 
 from fusedopt import _C
 
@@ -36,7 +37,21 @@ def pool():
     ones = torch.ones
     shrunk = torch.ones(8)[4:]
     return [
-        *(None, 0, -1, 3, 10**30, 0.5, float("nan"), True, "adamw", "none", b"cpu", object(), len),
+        *(
+            None,
+            0,
+            -1,
+            3,
+            10**30,
+            0.5,
+            float("nan"),
+            True,
+            ADAMW.name,
+            "none",
+            b"cpu",
+            object(),
+            len,
+        ),
         *([], [None], [0], [[ones(2)], [1]], [(0, ones(2))], (), {}, {"params": [1]}, {1: 2}),
         *(ones(2), ones(()), ones(0), ones(2, 3).t(), ones(2).half(), ones(2, dtype=torch.int64)),
         *(ones(2, dtype=torch.complex64), ones(2).to_sparse(), ones(1).expand(2)),
@@ -53,7 +68,7 @@ class Base:
     """A step's arguments that are right; each case then makes one of them wrong."""
 
     def __init__(self, launchers=None):
-        self.rule, self.request, self.captured = "adamw", _C.StepRequest(), _C.CapturedTables()
+        self.rule, self.request, self.captured = ADAMW.name, _C.StepRequest(), _C.CapturedTables()
         self.param, idle = (torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2))
         self.param.grad = torch.ones(4, 3)
         self.entries = {"step": torch.tensor(1.0)}

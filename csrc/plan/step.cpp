@@ -45,8 +45,8 @@ std::variant<bool, std::string> StepPlan::step(const py::list& param_groups, con
 void StepPlan::check(const StepRequest& request) const {
   const StepMemory* memory = rows_.memory.get();
   const bool scaled = request.amp.grad_scale.defined() || request.amp.found_inf.defined();
-  if (memory == nullptr && (request.follows || scaled)) {
-    throw std::invalid_argument("a request of follows, grad_scale or found_inf needs a memory");
+  if (memory == nullptr && scaled) {
+    throw std::invalid_argument("a request of grad_scale or found_inf needs a memory");
   }
   if (request.purpose != Purpose::kUpdate && (memory == nullptr || !memory->options.accumulates)) {
     throw std::invalid_argument("a request to accumulate needs a memory that accumulates");
