@@ -170,7 +170,7 @@ class _Step:
         private = [s for s in _C.scalar_states(self.rule, group) if s[0].startswith("_")]
         parts: dict[bool, list[Tensor]] = {}
         for param in params:
-            first = any(not state[param][name].item() for name, *_ in private)
+            first = any(state[param][name].item() == initial for name, initial, _ in private)
             parts.setdefault(first, []).append(param)
         for first, part in parts.items():
             lists = {

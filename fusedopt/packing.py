@@ -140,7 +140,10 @@ class Packed:
             for name in names:
                 self._create(param, name, new.initial(param, name))
         for name, initial, loaded in private:
-            if missing or name not in self._state[param]:
+            value = self._state[param].get(name)
+            # Who casts or moves all that is in a state does not know what this is.
+            fits = value is not None and value.dtype in (torch.float32, torch.float64)
+            if missing or not fits:
                 create_scalar(name, initial if missing else loaded, there=on_device)
 
     def _create_entries(self, param: Tensor, new: NewState, *, on_device: bool) -> None:

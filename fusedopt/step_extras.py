@@ -336,7 +336,7 @@ class StepExtras:
 
 def is_unstarted(entries: dict[str, Any], private: Iterable[str]) -> bool:
     """Whether a state waits for its first step, as the entries that `state_dict` lacks say."""
-    return any(name in entries and not entries[name].item() for name in private)
+    return any(name in entries and entries[name].item() == 1 for name in private)
 
 
 def initializes(groups: list[dict[str, Any]], state: State) -> bool:

@@ -44,7 +44,7 @@ class Scalars(NamedTuple):
 def prepare(h, scalar_states):
     """The scalars of a step, in double, and the scalar states after it."""
     kept = (h.momentum != 0) & (h.dampening != 0)
-    first = kept & (scalar_states[0] == 0)
+    first = kept & (scalar_states[0] == 1)
     scalars = Scalars(
         h.lr,
         h.weight_decay,
@@ -52,7 +52,7 @@ def prepare(h, scalar_states):
         h.momentum,
         tl.where(first, 1.0, 1.0 - h.dampening),
     )
-    return scalars, (scalar_states[0] * 0 + 1.0,)
+    return scalars, (scalar_states[0] * 0.0,)
 
 
 @device

@@ -20,7 +20,7 @@ namespace fusedopt {
 struct Sgd {
   static constexpr HyperName kHyperNames[] = {
       {"lr"}, {"momentum"}, {"dampening"}, {"weight_decay"}, {"nesterov"}};
-  static constexpr ScalarStates kScalarStates{1, {{"_started", 0.0, 1.0}}};
+  static constexpr ScalarStates kScalarStates{1, {{"_unstarted", 1.0, 0.0}}};
 
   struct Hyper {
     double lr, momentum, dampening, weight_decay, nesterov;
@@ -48,8 +48,8 @@ struct Sgd {
 
   template <class T>
   FUSEDOPT_HD static Scalars<T> prepare(const Hyper& h, double* scalar_states) {
-    const bool first = keeps_scalar_states(h) && scalar_states[0] == 0.0;
-    scalar_states[0] = 1.0;
+    const bool first = keeps_scalar_states(h) && scalar_states[0] == 1.0;
+    scalar_states[0] = 0.0;
     return {T(h.lr), T(h.weight_decay), T(h.nesterov), T(h.momentum),
             T(first ? 1.0 : 1.0 - h.dampening)};
   }

@@ -124,7 +124,9 @@ void test_prepare(const RuleInfo& rule, DType dtype) {
     float live_lr = 0.25f;
     StepDecision decision;
     decision.skip = 1;
-    float counted = 0.0f;
+    const bool counts = rule.scalar_states.count > 0;
+    const double initial = counts ? rule.scalar_states.states[0].initial : 0.0;
+    auto counted = static_cast<float>(initial);
     double counted_in_double = 41.0;
     device::DeviceHyper hypers[2] = {{{}, 1.0}, {{}, -1.0}};
     for (device::DeviceHyper& device : hypers) {
@@ -147,7 +149,7 @@ void test_prepare(const RuleInfo& rule, DType dtype) {
     };
     run();
     const std::string what = std::string("prepare: ") + rule.name;
-    CHECK(counted == 0.0f && counted_in_double == 41.0, what + " counted a skip");
+    CHECK(counted == initial && counted_in_double == 41.0, what + " counted a skip");
     CHECK(slots == expected, what + " wrote the slots of a skipped step");
     decision.skip = 0;
     for (int count = 1; count <= 3; ++count) {
@@ -159,8 +161,7 @@ void test_prepare(const RuleInfo& rule, DType dtype) {
       write_slot(rule, dtype, hyper, 7, 1.0, expected.data() + 2 * size);
       checked += 3;
       CHECK(slots == expected, what + " differs at step " + std::to_string(count));
-      CHECK(rule.scalar_states.count == 0 ||
-                counted == scalar_after(rule.scalar_states.states[0], count),
+      CHECK(!counts || counted == scalar_after(rule.scalar_states.states[0], count),
             what + " left the scalar state behind");
       live_lr *= 0.5f;
     }
