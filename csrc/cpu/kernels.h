@@ -161,7 +161,7 @@ struct Update {
   }
 
   static void run(const Span& span, const Span& next, const Task& task) {
-    // Most steps find a gradient and nothing else; a branch in the loop would cost them 5%.
+    // Most steps find a gradient and nothing else: their loop has no branches.
     const bool plain = task.epilogue.decision == nullptr && task.epilogue.zero_grads == 0;
     const auto loop = plain ? loop_over<true> : loop_over<false>;
     const int64_t whole = span.count - span.count % V::kLanes;
